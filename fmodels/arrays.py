@@ -1,0 +1,84 @@
+"""Array-like leaves, and the two operations that understand them: `einsum` with a weight and `take` of rows.
+
+A leaf is a `jax.Array` or any registered pytree node with `shape`, `dtype`, `einsum(equation, x)` and `take(index)`;
+the mathematics of `nn` goes through the two functions below and never asks which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmodels.types import Array
+
+
+def einsum(equation: str, x: Array, weight: Any) -> Array:
+    """`jnp.einsum(equation, x, weight)` in the dtype of `x`.
+
+    float32 products are computed in full precision on every platform, as PyTorch does, unless the user has set
+    `jax.default_matmul_precision`.
+
+    Args:
+        equation: an einsum string of two operands.
+        x: the activations.
+        weight: an array or an array-like leaf.
+
+    Returns:
+        An array with the dtype of `x`.
+    """
+    if hasattr(weight, "einsum"):
+        return weight.einsum(equation, x)
+    return jnp.einsum(equation, x, weight.astype(x.dtype), precision=precision(x.dtype))
+
+
+def precision(dtype: Any) -> str | None:
+    """The precision of products in `dtype`: full for float32, unless `jax.default_matmul_precision` says otherwise."""
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return "highest" if dtype == jnp.float32 and chosen is None else None
+
+
+def take(table: Any, index: Array) -> Array:
+    """Rows of a table: `table[index]`, for an array or an array-like leaf."""
+    return table.take(index) if hasattr(table, "einsum") else table[index]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A quantised leaf: `values * scale`, with `scale` broadcast over `values` (size 1 on the axes that share it).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = Scaled(jnp.array([[2, -4]], jnp.int8), jnp.array([[0.5]]))
+        >>> einsum("bd,fd->bf", jnp.ones((1, 2)), leaf)
+        Array([[-1.]], dtype=float32)
+    """
+
+    values: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+    def dequantize(self) -> Array:
+        """The array that this leaf stands for, in the dtype of the scale."""
+        return self.values.astype(self.scale.dtype) * self.scale
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        return einsum(equation, x, self.dequantize())
+
+    def take(self, index: Array) -> Array:
+        scale = jnp.broadcast_to(self.scale, (self.shape[0], *self.scale.shape[1:]))
+        return self.values[index].astype(self.dtype) * scale[index]

@@ -1,0 +1,311 @@
+"""`load` and `save`: between a folder or a Hub id and `(params, config)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from fmodels import hub, layout, schema, tree
+from fmodels.api import check
+from fmodels.generation.config import GenerationConfig
+from fmodels.models import Config, family
+from fmodels.models._base import LM_TASKS
+from fmodels.pooling import read_pooling
+from fmodels.types import Key, Params
+from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+
+ALIGNMENT = 64
+
+
+def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hub_options: Any) -> Config:
+    """The config of a checkpoint folder or Hub id: config.json, generation_config.json and the pooling, if it has any.
+
+    Raises:
+        ValueError: config.json is broken, or says something that is not supported; the message lists everything.
+        OSError: there is no config.json.
+    """
+    folder = hub.resolve(source, **hub_options)
+    folder = folder if folder.is_dir() else folder.parent
+    data = _read_json(folder / "config.json")
+    if data is None:
+        raise FileNotFoundError(f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights")
+    if "model_type" not in data:
+        raise ValueError(f"load: {str(folder / 'config.json')!r} has no 'model_type'")
+    try:
+        config = family(data["model_type"]).config.from_hf(data, task=task)
+    except ValueError as error:
+        raise ValueError(f"{error}\n(in {str(folder / 'config.json')!r})") from None
+    options = _read_json(folder / "generation_config.json")
+    if options is None and config.task in LM_TASKS:
+        options = {name: data[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if data.get(name) is not None}
+    generation = None if options is None else GenerationConfig.from_hf(options)
+    return dataclasses.replace(config, generation=generation, **read_pooling(folder))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load: {str(path)!r} is not valid JSON: {error}; download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"load: {str(path)!r} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    dtype: Any = None,
+    layers: str = "stacked",
+    sharding: Any = None,
+    key: Key | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> tuple[Params, Config]:
+    """Loads a checkpoint as a parameter tree and a config.
+
+    Args:
+        source: a folder, a file of weights beside its config.json, or a Hub id such as `"openai-community/gpt2"`.
+        task: which head to load; None reads `architectures` of config.json. A head that the checkpoint lacks is
+            initialised from `key`.
+        dtype: floating leaves are cast to it; None keeps what is on disk.
+        layers: `"stacked"` for leaves with a layer axis, run by `lax.scan`; `"list"` for a tuple of layers, which on CPU
+            are memory-mapped without a copy. Unevenly pruned checkpoints are always a tuple.
+        sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them.
+        key: random key for a new head.
+        revision: branch, tag or commit on the Hub.
+        subfolder: of the source.
+        variant: as in `model.<variant>.safetensors`.
+        cache_dir: of the Hub's client.
+        token: for private and gated repositories.
+        local_files_only: use the cache and no network.
+
+    Returns:
+        `(params, config)`.
+
+    Raises:
+        ValueError: a broken file; a config that is not supported; tensors that are missing, unexpected or of another
+            shape (all listed).
+        OSError: the source or its files are not there.
+        pickle.UnpicklingError: a `pytorch_model.bin` that asks for more than tensors.
+
+    Example:
+        >>> import fmodels as fm
+        >>> params, config = fm.load(fm.assets.TINY_LLAMA)
+        >>> config.model_type, config.task, params["embed"]["tokens"].dtype.name
+        ('llama', 'causal-lm', 'bfloat16')
+    """
+    stacked = layout.check_layers(layers)
+    folder = hub.resolve(
+        source, revision=revision, subfolder=subfolder, variant=variant, cache_dir=cache_dir, token=token,
+        local_files_only=local_files_only,
+    )  # fmt: skip
+    config = load_config(folder, task=task)
+    tensors, _ = read_folder(folder, variant=variant) if folder.is_dir() else read_file(folder)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config, tied = _untie_if_different(config, tensors)
+    planned = layout.plan(shapes, config, new_head=task is not None and key is not None)
+    _check_dtypes(planned, tensors, dtype)
+    stacked = stacked and not schema.is_ragged(config)
+    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    if planned.missing:
+        params = _with_new_head(params, planned, config, key, dtype)
+    return params, config
+
+
+def _untie_if_different(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, bool]:
+    """A config that ties a head whose tensor on disk differs from the embedding is corrected, as transformers 5 does."""
+    if not config.tie_word_embeddings:
+        return config, False
+    planned = layout.plan({n: t.shape for n, t in tensors.items()}, config, new_head=True)
+    where = {path: name for name, (rule, layer) in planned.tensors.items() if layer is None for path in rule.leaves}
+    for name, leaf in planned.tied:
+        source = where.get(leaf)
+        if source is not None and not _same(tensors[name], tensors[source]):
+            layout.logger.warning(
+                "load: config.json ties the head, but %r differs from %r; it is loaded untied, as transformers 5 does", name, source
+            )
+            return dataclasses.replace(config, tie_word_embeddings=False), False
+    return config, True
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.array().view(np.uint8), b.array().view(np.uint8))
+
+
+def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: Any) -> None:
+    wide = [n for n in planned.tensors if tensors[n].dtype.name in ("float64", "int64", "uint64", "complex128")]
+    if wide and dtype is None and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            f"load: {len(wide)} tensors have 64 bits ({wide[0]!r} is {tensors[wide[0]].dtype}), which jax would cut to 32; "
+            'pass dtype="float32", or set jax.config.update("jax_enable_x64", True)'
+        )
+
+
+def _read(
+    planned: layout.Plan, tensors: Mapping[str, Tensor], config: Config, dtype: Any, stacked: bool, sharding: Any
+) -> Params:
+    """Reads each tensor once, straight to where it stays: into its layer of the stacked leaf, or mapped as it lies."""
+    flat_sharding = tree.flatten(sharding) if isinstance(sharding, dict) else None
+    total = sum(tensors[name].nbytes for name in planned.tensors)
+    leaves: dict[str, Any] = {}
+    waiting: dict[str, int] = {}
+    for rule, layer in planned.tensors.values():
+        if stacked and layer is not None:
+            for path in rule.leaves:
+                waiting[path] = waiting.get(path, 0) + 1
+    place_on = lambda path, a: _to_device(a, flat_sharding[path] if flat_sharding is not None else sharding)  # noqa: E731
+    with tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for name, (rule, layer) in planned.tensors.items():
+            tensor, size = tensors[name], schema.sizes(config, layer)
+            where = rules.layer_leaves(rule, layer)
+            target = _target_dtype(tensor.dtype, dtype)
+            if not stacked or layer is None:
+                for path, part in rules.from_disk(rule, tensor.array(), size).items():
+                    leaves[where[path]] = place_on(where[path], np.asarray(part, target))
+            else:
+                for path in rule.leaves:
+                    if path not in leaves:
+                        leaves[path] = aligned_empty((config.num_layers, *schema.shape(path, config)[1:]), target)
+                _fill(rule, tensor, {path: leaves[path][layer] for path in rule.leaves}, size)
+                for path in rule.leaves:
+                    waiting[path] -= 1
+                    if not waiting[path]:
+                        leaves[path] = place_on(path, leaves[path])
+            bar.update(tensor.nbytes)
+    order = schema.AXES
+    return tree.unflatten(dict(sorted(leaves.items(), key=lambda kv: _rank(kv[0], list(order)))))
+
+
+def _rank(path: str, order: list[str]) -> tuple[int, int]:
+    parts = path.split(".")
+    layer = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
+    return order.index("layers.attention_norm.scale") if parts[0] == "layers" else order.index(path), layer
+
+
+def _fill(rule: rules.Rule, tensor: Tensor, out: dict[str, np.ndarray], size: Mapping[str, int]) -> None:
+    (first, *others) = out.values()
+    whole = not others and rules._axis_order(rule.leaves[0], rule.layouts[0]) == tuple(range(first.ndim))
+    if whole and first.dtype == tensor.dtype:
+        tensor.read_into(first.reshape(tensor.shape))
+        return
+    # Read, not mapped: mapped pages of the file would count as memory of the process beside their copy.
+    scratch = np.empty(tensor.shape, tensor.dtype)
+    tensor.read_into(scratch)
+    for path, part in rules.from_disk(rule, scratch, size).items():
+        out[path][...] = part.astype(out[path].dtype, copy=False)
+
+
+def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:
+    return np.dtype(wanted) if wanted is not None and jnp.issubdtype(stored, jnp.floating) else stored
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which XLA on CPU takes over without a copy."""
+    dtype = np.dtype(dtype)
+    count = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _to_device(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _with_new_head(params: Params, planned: layout.Plan, config: Config, key: Key | None, dtype: Any) -> Params:
+    from fmodels.models._base import init_normal
+
+    wanted = dtype if dtype is not None else params["embed"]["tokens"].dtype
+    leaves = [path for place in planned.missing.values() for path in place.rule.leaves]
+    assert key is not None
+    layout.logger.info("load: new leaves %s", ", ".join(leaves))
+    return tree.update(params, tree.flatten(init_normal(family(config).weights, config, key, wanted, leaves)))
+
+
+def save(
+    params: Params,
+    config: Config,
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+) -> None:
+    """Saves a checkpoint that transformers loads: config.json, generation_config.json and the weights.
+
+    All or nothing: whatever happens, the folder holds the whole old checkpoint or the whole new one. Files that `save`
+    did not make (the tokenizer, a README) stay; shards of an older save go.
+
+    Args:
+        params: the tree, stacked or a tuple of layers.
+        config: its config.
+        folder: made if it is not there.
+        format: `"safetensors"`, or `"torch"` for `pytorch_model.bin`.
+        max_shard_size: bytes, or text such as `"5GB"`.
+        variant: as in `model.<variant>.safetensors`.
+
+    Raises:
+        ValueError: the tree does not fit the config; an unknown format or size.
+        OSError: the folder cannot be written; the old checkpoint is as it was.
+
+    Example:
+        >>> import fmodels as fm, tempfile
+        >>> params, config = fm.load(fm.assets.TINY_LLAMA)
+        >>> folder = tempfile.mkdtemp()
+        >>> fm.save(params, config, folder)
+        >>> again, _ = fm.load(folder)
+        >>> bool((again["embed"]["tokens"] == params["embed"]["tokens"]).all())
+        True
+    """
+    if format not in FORMATS:
+        raise ValueError(f"save: format {format!r} is not supported; one of {', '.join(FORMATS)}")
+    check(params, config)
+    data = {**config.to_hf(), "dtype": np.dtype(params["embed"]["tokens"].dtype).name}
+    files = {"config.json": _json(data)}
+    if config.generation is not None and config.task in LM_TASKS:
+        files["generation_config.json"] = _json(config.generation.to_hf())
+    write_folder(folder, disk_tensors(params, config), format=format, max_shard_size=max_shard_size, variant=variant, files=files)
+
+
+def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
+    """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
+    flat = tree.flatten(params)
+    stacked = tree.is_stacked(params)
+    tensors: dict[str, Tensor] = {}
+    for name, (rule, layer) in family(config).weights.places(config).items():
+        if rule.optional and rule.leaves[0] not in flat:
+            continue
+        where = {p: p for p in rule.leaves} if stacked else rules.layer_leaves(rule, layer)
+        index = layer if stacked else None
+
+        def get(rule: rules.Rule = rule, where: dict[str, str] = where, index: int | None = index) -> np.ndarray:
+            leaves = {path: np.asarray(flat[where[path]]) for path in rule.leaves}
+            leaves = {path: a if index is None else a[index] for path, a in leaves.items()}
+            return rules.to_disk(rule, leaves, np.concatenate)
+
+        shape = rules.disk_shape(rule, schema.sizes(config, layer))
+        tensors[name] = Tensor.lazy(name, np.dtype(flat[where[rule.leaves[0]]].dtype), shape, get)
+    return tensors
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

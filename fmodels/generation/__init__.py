@@ -1,0 +1,1 @@
+"""Generation: the options, the logits functions and the step that `generate` and `stream` share."""

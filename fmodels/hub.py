@@ -1,0 +1,293 @@
+"""Checkpoints on the Hugging Face Hub: from an id to a local folder, and from a folder to the Hub."""
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fmodels.weights import find_weights, read_index
+
+SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has them
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+STALE = {  # weights of an older push that would be read in place of the pushed ones
+    ".safetensors": ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"],
+    ".bin": ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"],
+}
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+) -> Path:
+    """The local folder of a checkpoint, downloaded if `source` is not a path but the id of a repository.
+
+    Fetches one form of the weights, the one that `read_folder` prefers, and the small files beside it, all from one
+    commit. Without a connection (`local_files_only`, HF_HUB_OFFLINE, no network) the Hub's cache serves.
+
+    Args:
+        source: a folder, a file of weights, or "owner/name".
+        revision: a branch, tag or commit.
+        subfolder: of the folder or repository.
+        cache_dir: in place of the Hub's own.
+        token: for private repositories; False to send none.
+        local_files_only: never connects.
+        variant: of the weights, as in `model.<variant>.safetensors`.
+
+    Returns:
+        The folder (or the file, if `source` is one).
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a repository without weights.
+        OSError: the Hub cannot serve it: no such repository or revision, no access, no connection and not cached.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> resolve(folder) == Path(folder)
+        True
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if name and path.exists():
+        if subfolder and not (path / subfolder).is_dir():
+            raise FileNotFoundError(f"load: {name!r} has no folder {subfolder!r}; check subfolder=")
+        return path / subfolder if subfolder else path
+    if isinstance(source, os.PathLike) or not _is_id(name):
+        raise FileNotFoundError(
+            f"load: expected a folder, a file or a Hub id such as 'owner/name', {name!r} does not exist "
+            f"(looked in {os.getcwd()!r}); check the path"
+        )
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    revision = revision or "main"
+
+    def cached() -> Path | None:
+        return _cached(name, revision, prefix, cache_dir, variant)
+
+    from huggingface_hub import constants
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        if (folder := cached()) is not None:
+            return folder
+        raise OSError(
+            f"load: {name!r} at revision {revision!r} is not complete in the cache and the network is off "
+            "(local_files_only or HF_HUB_OFFLINE); load it once while connected, or give another cache_dir"
+        )
+    with _errors("load", name, revision, token):
+        try:
+            return _download(name, revision, prefix, cache_dir, token, variant)
+        except Exception as error:
+            # Only where the Hub did not answer: what it refuses (404, 401) must not be served from the cache.
+            if _is_unreachable(error) and (folder := cached()) is not None:
+                return folder
+            raise
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Uploads a folder to the Hub in one commit, making the repository and the branch if they are missing.
+
+    Weights that lie there from an older push and would be read in place of the new ones are deleted in the same commit.
+
+    Args:
+        folder: a saved checkpoint.
+        repo_id: "owner/name", or "name" for the owner of the token.
+        token: with the right to write; the one of `hf auth login` if None.
+        private: of a repository that is made.
+        revision: the branch.
+        create_pr: proposes the commit in place of pushing it.
+        commit_message: "Upload model" if None.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        OSError: no such folder, or the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"push: expected a folder, {str(folder)!r} is none; save the checkpoint first")
+    with _errors("push", repo_id, revision or "main", token):
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        weights = find_weights(lambda name: (folder / name).is_file()) or ""
+        stale = [pattern for suffix, patterns in STALE.items() if suffix in weights for pattern in patterns]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload model",
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=stale or None,
+            ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
+        )
+        return str(commit.pr_url or commit.commit_url)
+
+
+def _download(name: str, revision: str, prefix: str, cache_dir: Any, token: Any, variant: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    for _ in range(3):  # a push between the calls would mix two commits
+        info = HfApi(token=token).model_info(name, revision=revision)
+        files = {file.rfilename for file in info.siblings or []}
+        weights = find_weights(lambda file: prefix + file in files, variant)  # noqa: B023
+        if weights is None:
+            kind = f" of variant {variant!r}" if variant else ""
+            shown = ", ".join(sorted(files)[:20]) or "no file"
+            raise FileNotFoundError(
+                f"load: {name!r} at revision {revision!r} has no weights{kind} that can be read in "
+                f"{prefix or 'its root'!r}, it has {shown}; convert it, or give another revision, subfolder or variant"
+            )
+        wanted = [weights]
+        if weights.endswith(".json"):
+            index = hf_hub_download(name, prefix + weights, revision=info.sha, cache_dir=cache_dir, token=token)
+            wanted += sorted(set(read_index(index).values()))
+        wanted = [prefix + file for file in (*SMALL, *wanted) if prefix + file in files]
+        # By revision, not by commit: so the cache learns which commit the branch is at, for later without network.
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[glob.escape(file) for file in wanted],
+            cache_dir=cache_dir,
+            token=token,
+        )
+        if Path(snapshot).name == info.sha:
+            return Path(snapshot) / prefix
+    raise OSError(f"load: {name!r} changes faster than it can be read; give a commit as revision=")
+
+
+def _cached(name: str, revision: str, prefix: str, cache_dir: Any, variant: str | None) -> Path | None:
+    """The folder in the cache, if it holds all of the weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(file: str) -> Path | None:
+        found = try_to_load_from_cache(name, prefix + file, cache_dir=cache_dir, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    weights = find_weights(lambda file: find(file) is not None, variant)
+    path = find(weights) if weights else None
+    if path is None:
+        return None
+    shards = set(read_index(path).values()) if path.name.endswith(".json") else ()
+    return path.parent if all((path.parent / shard).is_file() for shard in shards) else None
+
+
+def _is_id(name: str) -> bool:
+    """Whether a name that is no existing path may be an id: "name" or "owner/name"."""
+    if name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or not name.strip("/"):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    # By name: which HTTP library raises them changes with the version of huggingface_hub.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or bool(
+        names & {"TransportError", "ConnectError", "TimeoutException", "ConnectionError", "Timeout"}
+    )
+
+
+@contextmanager
+def _errors(verb: str, name: str, revision: str, token: str | bool | None) -> Iterator[None]:
+    """Turns what the client raises into an OSError that says what to do, and keeps tokens out of it."""
+    try:
+        yield
+    except Exception as error:  # the client raises OSError, ValueError and those of its HTTP library
+        if type(error) is ValueError or (type(error) in (OSError, FileNotFoundError) and f"{verb}:" in str(error)):
+            raise  # already ours
+        message = f"{verb}: {name!r} at revision {revision!r}: {_advice(error)}"
+        raise OSError(message) from (None if _tells_token(error, token) else error)
+
+
+def _advice(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    table: list[tuple[Callable[[Exception], bool], str]] = [
+        (
+            lambda e: isinstance(e, errors.GatedRepoError),
+            "the repository is gated; accept its conditions on the Hub, then give token= or run `hf auth login`",
+        ),
+        (lambda e: isinstance(e, errors.RevisionNotFoundError), "no such revision; check revision="),
+        (
+            lambda e: isinstance(e, errors.RepositoryNotFoundError),
+            "no such repository and no such local folder, or it is private and the token (token=, `hf auth login`) "
+            "has no access; check the name",
+        ),
+        (
+            lambda e: (
+                isinstance(e, errors.HfHubHTTPError) and e.response is not None and e.response.status_code in (401, 403)
+            ),
+            "access refused; give token= with the right to do this, or run `hf auth login`",
+        ),
+        (lambda e: isinstance(e, errors.OfflineModeIsEnabled), "the network is off (HF_HUB_OFFLINE); unset it"),
+        (
+            _is_unreachable,
+            "the Hub cannot be reached and the cache does not have it; check the network and HF_ENDPOINT",
+        ),
+        (lambda e: isinstance(e, errors.HFValidationError), "no valid id; write 'owner/name'"),
+    ]
+    status = f" with status {error.response.status_code}" if getattr(error, "response", None) is not None else ""  # type: ignore[attr-defined]
+    default = f"failed ({type(error).__name__}{status}); the cause is above, try again or check the arguments"
+    return next((advice for matches, advice in table if matches(error)), default)
+
+
+def _tells_token(error: BaseException | None, token: str | bool | None) -> bool:
+    """Whether the text of an error, or of what caused it, has the token in it (as an illegal HTTP header would)."""
+    from huggingface_hub import get_token
+
+    secrets = [secret for secret in (token, get_token()) if isinstance(secret, str) and secret]
+    while error is not None:
+        if any(secret in f"{error} {error!r}" or repr(secret)[1:-1] in repr(error) for secret in secrets):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

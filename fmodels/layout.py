@@ -1,0 +1,175 @@
+"""Trees and named tensors on disk, in both directions, by the family's layout map.
+
+`to_disk(from_disk(tensors)) == tensors`, bit for bit. Both functions only reshape, transpose, slice and join, so they
+work on numpy arrays, on jax arrays, and on tracers inside of `jit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fmodels import schema, tree
+from fmodels.models import Config, family
+from fmodels.types import Params
+from fmodels.weights import rules
+from fmodels.weights.rules import Place
+
+logger = logging.getLogger("fmodels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which tensor is which.
+
+    Attributes:
+        tensors: name in the file -> its place.
+        missing: places that no tensor fills, by name; only those that a new head may fill.
+        tied: (name in the file, path of the leaf that it repeats).
+    """
+
+    tensors: dict[str, Place]
+    missing: dict[str, Place]
+    tied: list[tuple[str, str]]
+
+
+def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: bool = False, what: str = "load") -> Plan:
+    """Finds the place of every tensor.
+
+    Args:
+        shapes: name on disk -> shape.
+        config: the config.
+        new_head: whether tensors of the task's head may be missing.
+        what: the name of the function, for messages.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, there twice, or of another shape; all are listed.
+    """
+    weights = family(config).weights
+    places, others = weights.places(config), weights.places_of_other_tasks(config)
+    found: dict[str, str] = {}
+    tied: list[tuple[str, str]] = []
+    dropped: list[str] = []
+    problems: list[str] = []
+    for name, shape in shapes.items():
+        spellings = weights.spellings(name, config)
+        match = next((s for s in spellings if s in places), None)
+        if match is not None:
+            if match in found:
+                problems.append(f"{name!r} and {found[match]!r} are the same tensor under two names")
+            found[match] = name
+        elif (repeat := next((s for s in spellings if s in weights.tied and config.tie_word_embeddings), None)) is not None:
+            tied.append((name, weights.tied[repeat]))
+        elif weights.is_ignored(name):
+            continue
+        elif any(s in others for s in spellings):
+            dropped.append(name)
+        else:
+            problems.append(f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shape)}")
+    for absent, stand_in in weights.fallbacks.items():
+        if absent in places and absent not in found and stand_in in found:
+            found[absent] = found.pop(stand_in)
+    missing = {n: p for n, p in places.items() if n not in found and not p.rule.optional}
+    heads = {n: p for n, p in missing.items() if p.rule.tasks is not None}
+    if not new_head or len(missing) > len(heads):
+        problems += [f"missing {name!r}" for name in missing]
+        if heads and len(heads) == len(missing):
+            problems.append(
+                f"the missing tensors are all of the head; pass task={config.task!r} and key=jax.random.key(0) to start a new one, "
+                "or task='base' to load the model without it"
+            )
+    for name, disk in found.items():
+        place = places[name]
+        want = rules.disk_shape(place.rule, schema.sizes(config, place.layer))
+        if tuple(shapes[disk]) != want:
+            problems.append(f"{disk!r} has shape {list(shapes[disk])}, expected {list(want)} by config.json")
+    if problems:
+        raise ValueError(f"{what}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:200]) + _more(problems))
+    if dropped:
+        logger.warning("%s: %d tensors belong to other heads than %r and are left out: %s", what, len(dropped), config.task, ", ".join(dropped))
+    return Plan({found[n]: places[n] for n in places if n in found}, missing if new_head else {}, tied)
+
+
+def _more(problems: list[str]) -> str:
+    return f"\n  … and {len(problems) - 200} more" if len(problems) > 200 else ""
+
+
+def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stacked") -> Params:
+    """The tree from tensors by their names on disk (PyTorch's `state_dict` names).
+
+    Args:
+        tensors: name -> array; repeated tensors of a tied head are accepted.
+        config: the config.
+        layers: `"stacked"`, or `"list"` for a tuple of layers. Ragged layers are always a tuple.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; all are listed.
+
+    Example:
+        >>> import fmodels as fm
+        >>> params, config = fm.load(fm.assets.TINY_LLAMA)
+        >>> tensors = fm.to_disk(params, config)
+        >>> sorted(tensors)[0]
+        'model.embed_tokens.weight'
+        >>> again = fm.from_disk(tensors, config)
+        >>> bool((again["embed"]["tokens"] == params["embed"]["tokens"]).all())
+        True
+    """
+    planned = plan({name: tuple(a.shape) for name, a in tensors.items()}, config, what="from_disk")
+    leaves: dict[str, Any] = {}
+    for name, (rule, layer) in planned.tensors.items():
+        where = rules.layer_leaves(rule, layer)
+        for path, leaf in rules.from_disk(rule, tensors[name], schema.sizes(config, layer)).items():
+            leaves[where[path]] = leaf
+    params = tree.unflatten(leaves)
+    return stack(params) if check_layers(layers) and not schema.is_ragged(config) else params
+
+
+def check_layers(layers: str) -> bool:
+    """True for `"stacked"`, False for `"list"`."""
+    if layers not in ("stacked", "list"):
+        raise ValueError(f"layers={layers!r}: expected 'stacked' or 'list'")
+    return layers == "stacked"
+
+
+def stack(params: Params) -> Params:
+    """A tuple of equal layers as one dict of stacked leaves; numpy leaves stay numpy."""
+    trees = [tree.flatten(layer) for layer in params["layers"]]
+    join = np.stack if all(isinstance(a, np.ndarray) for a in trees[0].values()) else jnp.stack
+    return {**params, "layers": tree.unflatten({path: join([t[path] for t in trees]) for path in trees[0]})}
+
+
+def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, Any]:
+    """The tensors by their names on disk, in the layout of PyTorch; views where the array library makes them.
+
+    Args:
+        params: the tree, stacked or a tuple of layers.
+        config: the config.
+        tied: also give the tensors that a tied head repeats, as PyTorch's `state_dict` does.
+
+    Raises:
+        ValueError: the tree does not fit the config.
+    """
+    flat = tree.flatten(params)
+    stacked = tree.is_stacked(params)
+    weights = family(config).weights
+    tensors: dict[str, Any] = {}
+    for name, (rule, layer) in weights.places(config).items():
+        if rule.optional and rule.leaves[0] not in flat:
+            continue
+        where = {p: p for p in rule.leaves} if stacked else rules.layer_leaves(rule, layer)
+        leaves = {path: flat[where[path]][layer] if stacked and layer is not None else flat[where[path]] for path in rule.leaves}
+        numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
+        tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
+    if tied and config.tie_word_embeddings:
+        tensors |= {name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and _has_head(config)}
+    return tensors
+
+
+def _has_head(config: Config) -> bool:
+    return config.task in ("causal-lm", "masked-lm", "pretraining", "double-heads")

@@ -1,0 +1,25 @@
+"""The families, one file each, named by Hugging Face's `model_type`."""
+
+from __future__ import annotations
+
+from fmodels.models import bert, gpt2, llama
+from fmodels.models._base import Config, Family
+
+FAMILIES: dict[str, Family] = {
+    "bert": bert.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "llama": llama.FAMILY,
+}
+"""`model_type` -> family."""
+
+
+def family(which: str | Config) -> Family:
+    """The family of a `model_type` or of a config.
+
+    Raises:
+        ValueError: there is none, with the list of those that are.
+    """
+    name = which if isinstance(which, str) else which.model_type
+    if name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]

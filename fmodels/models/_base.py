@@ -1,0 +1,283 @@
+"""What the families have in common: the shape of a config, of a family, and the heads on top of a decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+
+from fmodels import schema, tree
+from fmodels.nn.embeddings import lm_logits
+from fmodels.nn.linear import linear
+from fmodels.types import Array, Cache, Key, Output, Params
+from fmodels.weights.rules import Weights
+
+LM_TASKS = ("causal-lm", "masked-lm", "pretraining", "double-heads")
+
+IRRELEVANT = frozenset(
+    """_name_or_path name_or_path transformers_version use_cache return_dict return_dict_in_generate torchscript
+    output_attentions output_hidden_states output_scores attn_implementation _attn_implementation
+    _attn_implementation_autoset attn_implementation_internal experts_implementation use_bfloat16 problem_type
+    finetuning_task task_specific_params tokenizer_class prefix sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id chunk_size_feed_forward gradient_checkpointing auto_map model_max_length
+    do_sample early_stopping max_length min_length num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
+    unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag""".split()
+)
+"""Keys of a config.json that change no number that `forward` computes; they are kept and written back."""
+
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "is_decoder": (False,),
+    "per_layer_config": (None, {}),
+    "tie_last_hidden_states": (None,),
+    "quantization_config": (None,),
+    "rope_interleaved": (None, False),
+    "tf_legacy_loss": (False,),
+    "layer_types": (None,),
+    "sliding_window": (None,),
+    "base_model_tp_plan": (None,),
+    "embedding_size": (None,),
+}
+"""Keys that would change the numbers, with the values at which they do not."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A family's config: frozen, hashable, static under `jit`, with one spelling for all families.
+
+    Families derive from it, give every field a default, and say how Hugging Face spells each in `HF`.
+
+    Attributes:
+        task: which head the model has, such as `"causal-lm"`; `architectures` in config.json.
+        pruned_heads: `((layer, (head, …)), …)`, original numbers of the query heads that are gone.
+        labels: names of the classes, or None.
+        extra: keys of config.json that change no numbers, as JSON, kept for writing them back.
+        generation: the checkpoint's `GenerationConfig`, or None.
+        pooling: how a sentence-transformers folder pools hidden states into a vector (`"mean"`, `"cls"`, …), or None.
+        normalize: whether that vector is scaled to length 1, or None.
+    """
+
+    task: str = "base"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    labels: tuple[str, ...] | None = None
+    pruned_heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    extra: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+    generation: Any = dataclasses.field(default=None, compare=False, repr=False)
+    pooling: str | None = dataclasses.field(default=None, compare=False)
+    normalize: bool | None = dataclasses.field(default=None, compare=False)
+
+    model_type: ClassVar[str]
+    HF: ClassVar[Mapping[str, str]]
+    """Field -> key of config.json."""
+    IRRELEVANT: ClassVar[frozenset[str]] = frozenset()
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ARCHITECTURES: ClassVar[Mapping[str, str]]
+    """Task -> class name in transformers."""
+
+    def __post_init__(self) -> None:
+        if self.task not in self.ARCHITECTURES:
+            raise ValueError(
+                f"{self.model_type}.Config: task {self.task!r} is not one of this family's: {', '.join(self.ARCHITECTURES)}"
+            )
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.model_type}.Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def untied(self) -> bool:
+        return not self.tie_word_embeddings
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All end tokens, as a tuple."""
+        eos = self.eos_token_id
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any], *, task: str | None = None) -> Self:
+        """Reads a config.json, of transformers 4 or 5; `task` goes before its `architectures`.
+
+        Raises:
+            ValueError: a key is not understood, or has a value that is not supported; all are listed.
+        """
+        fields: dict[str, Any] = {}
+        extra: list[tuple[str, str]] = []
+        problems: list[str] = []
+        spelling = {key: field for field, key in cls.HF.items()}
+        own = cls.read_special(data, fields, problems)
+        for key, value in data.items():
+            if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
+                continue
+            if key in spelling:
+                if value is not None:
+                    fields[spelling[key]] = tuple(value) if isinstance(value, list) else value
+            elif key == "id2label":
+                value = value or {}
+                fields["num_labels"] = len(value)
+                fields["labels"] = tuple(str(label) for _, label in sorted(value.items(), key=lambda kv: int(kv[0])))
+            elif key in ("num_labels", "_num_labels"):
+                if not data.get("id2label") and value is not None:
+                    fields["num_labels"] = value
+            elif key == "pruned_heads":
+                fields[key] = tuple(sorted((int(l), tuple(sorted(map(int, hs)))) for l, hs in (value or {}).items() if hs))
+            elif key in cls.IRRELEVANT or key in IRRELEVANT:
+                extra.append((key, json.dumps(value)))
+            elif value in {**DEFAULTS, **cls.DEFAULTS}.get(key, ()):
+                extra.append((key, json.dumps(value)))
+            elif key in {**DEFAULTS, **cls.DEFAULTS}:
+                supported = " or ".join(map(repr, {**DEFAULTS, **cls.DEFAULTS}[key]))
+                problems.append(f"{key}={value!r} is not supported, only {supported}")
+            else:
+                problems.append(f"unknown key {key!r} (value {value!r})")
+        if problems:
+            raise ValueError(
+                f"{cls.model_type}.Config.from_hf: config.json has {len(problems)} entries that would change the numbers or "
+                "that are not understood:\n  " + "\n  ".join(problems) + "\nRemove a key only if you know that the model does not use it."
+            )
+        fields["task"] = task or cls.task_of(data.get("architectures"))
+        fields["extra"] = tuple(extra)
+        return cls(**fields)
+
+    @classmethod
+    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        """For families: reads keys that are more than a renaming; returns those that it dealt with."""
+        return set()
+
+    def write_special(self) -> dict[str, Any]:
+        """For families: the inverse of `read_special`."""
+        return {}
+
+    @classmethod
+    def task_of(cls, architectures: Any) -> str:
+        """The task that a config.json names in `architectures`.
+
+        Raises:
+            ValueError: it names none, several, or one that is not supported.
+        """
+        known = {name: task for task, name in cls.ARCHITECTURES.items()}
+        if not architectures:
+            raise ValueError(
+                f"load: config.json of this {cls.model_type} model has no 'architectures'; pass task=, one of {', '.join(known.values())}"
+            )
+        if architectures[0] not in known:
+            raise ValueError(
+                f"load: architecture {architectures[0]!r} is not supported for {cls.model_type}; supported are "
+                f"{', '.join(known)}. Pass task=, one of {', '.join(known.values())}, to load it as another."
+            )
+        return known[architectures[0]]
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that `from_hf` reads back to an equal config, in the form of transformers 5."""
+        data: dict[str, Any] = {"architectures": [self.ARCHITECTURES[self.task]], "model_type": self.model_type}
+        for field, key in self.HF.items():
+            value = getattr(self, field)
+            data[key] = list(value) if isinstance(value, tuple) else value
+        data.update(self.write_special())
+        labels = self.labels
+        if labels is not None or self.num_labels != 2:
+            labels = labels if labels is not None and len(labels) == self.num_labels else None
+            names = labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+            data["id2label"] = {str(i): name for i, name in enumerate(names)}
+            data["label2id"] = {name: i for i, name in enumerate(names)}
+        if self.pruned_heads:
+            data["pruned_heads"] = {str(layer): list(gone) for layer, gone in self.pruned_heads}
+        for key, value in self.extra:
+            data.setdefault(key, json.loads(value))
+        return data
+
+
+class Family(NamedTuple):
+    """What a `models/<model_type>.py` exports for the registry."""
+
+    config: type[Config]
+    forward: Callable[..., Output]
+    weights: Weights
+    init: Callable[..., Params]
+
+
+def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: Any = None) -> Params:
+    """Random parameters by transformers' default scheme: norms 1, biases 0, weights from N(0, initializer_range).
+
+    Args:
+        weights: the family's layout map.
+        config: the family's config.
+        key: random key.
+        dtype: of the leaves.
+        leaves: which leaves, as paths in stacked form; all that the config's model must have if None.
+
+    Returns:
+        A stacked tree, or a tuple of layers if the config's `pruned_heads` make them ragged.
+    """
+    if leaves is None:
+        # Optional leaves are what a new model has too, apart from those that exist only to keep old bytes.
+        leaves = [*weights.leaves(config), *(p for p in weights.leaves(config, optional=True) if not p.endswith("spare_bias"))]
+    shapes = tree.flatten(schema.abstract(leaves, config, dtype))
+    draws: dict[str, Array] = {}
+    for subkey, (path, leaf) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
+        if path.endswith(".scale"):
+            draws[path] = jnp.ones(leaf.shape, leaf.dtype)
+        elif path.endswith("bias"):
+            draws[path] = jnp.zeros(leaf.shape, leaf.dtype)
+        else:
+            normal = config.initializer_range * jax.random.normal(subkey, leaf.shape, jnp.float32)
+            draws[path] = normal.astype(leaf.dtype)
+    return tree.unflatten(draws)
+
+
+def decoder_head(
+    params: Params, config: Config, hidden: Array, *, tokens: Array, mask: Array | None, cache: Cache | None, select: Array | None
+) -> Output:
+    """The heads that decoders have: language model, classification of the sequence or of tokens, question answering.
+
+    Source: transformers' `GenericForSequenceClassification` and its like: a sequence is classified at its last token
+    that is not `pad_token_id` (without one: at the last that `mask` shows, else at the last).
+    """
+    out = Output(hidden=hidden, cache=cache)
+    if config.task == "base":
+        return out
+    if config.task in LM_TASKS:
+        return out._replace(logits=lm_logits(params, hidden if select is None else at(hidden, select)[:, None]))
+    logits = linear(params["classifier"], hidden).astype(jnp.float32)
+    if config.task == "sequence-classification":
+        if config.pad_token_id is not None:
+            real = tokens != config.pad_token_id
+        else:
+            real = jnp.ones(tokens.shape, bool) if mask is None else mask
+        logits = at(logits, last_real(real))
+    return out._replace(logits=logits)
+
+
+def last_real(mask: Array) -> Array:
+    """The place of the last True of each row of `(b t)`, 0 where there is none."""
+    return jnp.argmax(jnp.arange(mask.shape[1])[None] * mask, axis=-1)
+
+
+def at(x: Array, index: Array) -> Array:
+    """`x[b, index[b]]` for `(b t …)` and `(b)`."""
+    return x[jnp.arange(x.shape[0]), index]

@@ -1,0 +1,75 @@
+"""The one place that knows the two forms of a stack of layers: stacked leaves (`lax.scan`) and a tuple of trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fmodels.nn.cache import Slot
+from fmodels.types import Array, Cache, Params
+
+Layer = Callable[[Params, Any, Array, Slot | None], tuple[Array, Slot | None]]
+"""`layer(params, index, x, slot) -> (x, slot)`"""
+
+
+def run(
+    layer: Layer,
+    layers: Params | Sequence[Params],
+    x: Array,
+    cache: Cache | None = None,
+    start: Array | None = None,
+    *,
+    collect: bool = False,
+) -> tuple[Array, Cache | None, Array | None]:
+    """Applies the layers in turn.
+
+    Args:
+        layer: the function of one layer; it is called with the layer's parameters, its number, `x` and its `Slot`.
+        layers: stacked leaves `(l …)`, or one tree per layer.
+        x: `(b t d)`.
+        cache: carried through and returned.
+        start: the slot of the first new token.
+        collect: also return the input of every layer.
+
+    Returns:
+        `x`, the cache, and `(l b t d)` or None.
+    """
+    if isinstance(layers, Mapping):
+        return _scan(layer, layers, x, cache, start, collect)
+    inputs = []
+    keys, values = (list(cache.keys), list(cache.values)) if cache is not None else ([], [])
+    for i, params in enumerate(layers):
+        inputs.append(x)
+        slot = Slot(keys[i], values[i], None, start) if cache is not None and start is not None else None
+        x, slot = layer(params, i, x, slot)
+        if slot is not None:
+            keys[i], values[i] = slot.keys, slot.values
+    if cache is not None:
+        same = isinstance(cache.keys, tuple)
+        keys, values = (tuple(a) if same else jnp.stack(a) for a in (keys, values))
+        cache = cache._replace(keys=keys, values=values)
+    return x, cache, jnp.stack(inputs) if collect else None
+
+
+def _scan(
+    layer: Layer, layers: Params, x: Array, cache: Cache | None, start: Array | None, collect: bool
+) -> tuple[Array, Cache | None, Array | None]:
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    kv = None if cache is None else (cache.keys, cache.values)
+    if kv is not None and isinstance(kv[0], tuple):
+        kv = (jnp.stack(kv[0]), jnp.stack(kv[1]))
+
+    def body(carry: Any, item: Any) -> Any:
+        x, kv = carry
+        params, index = item
+        slot = None if kv is None or start is None else Slot(kv[0], kv[1], index, start)
+        y, slot = layer(params, index, x, slot)
+        return (y, None if slot is None else (slot.keys, slot.values)), x if collect else None
+
+    (x, kv), inputs = jax.lax.scan(body, (x, kv), (layers, jnp.arange(depth, dtype=jnp.int32)))
+    if cache is not None and kv is not None:
+        cache = cache._replace(keys=kv[0], values=kv[1])
+    return x, cache, inputs

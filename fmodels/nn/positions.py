@@ -1,0 +1,151 @@
+"""Positions of tokens, and rotary position embeddings in all of transformers 5's forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from fmodels.types import Array
+
+
+def from_mask(mask: Array) -> Array:
+    """`cumsum(mask) - 1`, not below 0: real tokens count from 0 in each row, wherever the padding is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from_mask(jnp.array([[0, 1, 1], [1, 1, 0]]))
+        Array([[0, 0, 1],
+               [0, 1, 1]], dtype=int32)
+    """
+    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The settings of rotary position embeddings, by transformers' names.
+
+    `type` is one of default, linear, dynamic, yarn, longrope, llama3, proportional.
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_positions: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    partial_rotary_factor: float = 1.0
+
+
+def rope_tables(rope: Rope, positions: Array, head_dim: int, max_positions: int) -> tuple[Array, Array]:
+    """Cosines and sines of the angles `position * frequency`, times the type's attention factor.
+
+    Two types depend on the longest sequence: `dynamic` stretches its base beyond `max_positions`, and `longrope`
+    takes its long factors beyond `original_max_positions`. Both look at the largest of `positions`, so that rows of
+    a batch share one table, as in transformers.
+
+    Args:
+        rope: the settings.
+        positions: `(b t)` int.
+        head_dim: size of a head.
+        max_positions: the config's maximum of positions.
+
+    Returns:
+        Two float32 arrays `(b t k/2)`.
+
+    Source: Su et al. 2021; Peng et al. 2023 (yarn); Ding et al. 2024 (longrope); matches transformers 5's
+    `modeling_rope_utils` and `LlamaRotaryEmbedding`.
+    """
+    frequencies, factor = _frequencies(rope, head_dim, max_positions, jnp.max(positions) + 1)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _frequencies(rope: Rope, dim: int, max_positions: int, length: Array) -> tuple[Array, float]:
+    original = rope.original_max_positions or max_positions
+    exponents = np.arange(0, dim, 2, dtype=np.int64).astype(np.float32) / np.float32(dim)
+    inverse = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+
+    if rope.type == "dynamic":
+        scale = rope.factor or 1.0
+        longest = jnp.maximum(length, max_positions).astype(jnp.float32)
+        base = rope.theta * (scale * longest / max_positions - (scale - 1)) ** (dim / (dim - 2))
+        return 1.0 / base ** jnp.asarray(exponents), 1.0
+
+    if rope.type == "longrope":
+        scale = rope.factor or max_positions / original
+        factor = 1.0 if scale <= 1.0 else math.sqrt(1 + math.log(scale) / math.log(original))
+        factor = factor if rope.attention_factor is None else rope.attention_factor
+        powers = np.float32(rope.theta) ** exponents
+        short, long = (1.0 / (np.asarray(f, np.float32) * powers) for f in (rope.short_factor, rope.long_factor))
+        return jnp.where(length > original, jnp.asarray(long), jnp.asarray(short)), factor
+
+    if rope.type == "yarn":
+        return jnp.asarray(_yarn(rope, dim, exponents, rope.factor or max_positions / original, original)), _yarn_factor(
+            rope, rope.factor or max_positions / original
+        )
+
+    if rope.type == "llama3":
+        assert rope.factor is not None and rope.low_freq_factor is not None and rope.high_freq_factor is not None
+        low, high = original / rope.low_freq_factor, original / rope.high_freq_factor
+        wavelength = 2 * math.pi / inverse
+        slow = np.where(wavelength > low, inverse / rope.factor, inverse)
+        smooth = (original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        between = (1 - smooth) * slow / rope.factor + smooth * slow
+        medium = ~(wavelength < high) & ~(wavelength > low)
+        return jnp.asarray(np.where(medium, between, slow).astype(np.float32)), 1.0
+
+    if rope.type == "proportional":
+        rotated = int(rope.partial_rotary_factor * dim // 2)
+        inverse = np.where(np.arange(dim // 2) < rotated, inverse, 0.0).astype(np.float32)
+
+    if rope.type in ("linear", "proportional"):
+        inverse = (inverse / np.float32(rope.factor or 1.0)).astype(np.float32)
+    return jnp.asarray(inverse), 1.0
+
+
+def _yarn(rope: Rope, dim: int, exponents: np.ndarray, factor: float, original: int) -> np.ndarray:
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = correction(rope.beta_fast or 32), correction(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / span, 0, 1).astype(np.float32)
+    powers = np.float32(rope.theta) ** exponents
+    return (1.0 / (factor * powers) * ramp + 1.0 / powers * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_factor(rope: Rope, factor: float) -> float:
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return scale(rope.mscale) / scale(rope.mscale_all_dim)
+    return scale(1.0)
+
+
+def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
+    """Rotates the pairs `(x[i], x[i + k/2])` of each head by the angles of the tables (the half-split pairing).
+
+    Args:
+        x: `(b t h k)`.
+        tables: cosines and sines `(b t k/2)` from `rope_tables`.
+    """
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,259 @@
+"""The one table of axes, and what follows from it: sizes, abstract trees, checks and maps by letter.
+
+Every parameter's axes are named by letters. A transform is an operation on a letter and knows no family: it resizes
+every leaf that has a `v`, prunes every leaf that has an `h`, shards every leaf by the letters that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from fmodels import tree
+from fmodels.types import Params
+
+LETTERS = {
+    "b": "batch",
+    "t": "query position",
+    "s": "key position",
+    "p": "position table",
+    "n": "token types",
+    "d": "hidden",
+    "h": "query heads",
+    "g": "key-value heads",
+    "k": "head size",
+    "f": "intermediate",
+    "v": "vocabulary",
+    "c": "classes",
+    "l": "layer",
+}
+"""The legend of the letters; those of one parameter axis each are also fields of a config (`SIZES`)."""
+
+SIZES = {
+    "p": "max_positions",
+    "n": "num_token_types",
+    "d": "hidden_size",
+    "h": "num_heads",
+    "g": "num_kv_heads",
+    "k": "head_dim",
+    "f": "intermediate_size",
+    "v": "vocab_size",
+    "c": "num_labels",
+    "l": "num_layers",
+}
+"""Letter -> the config field with its size."""
+
+AXES = {
+    "embed.tokens": "v d",
+    "embed.positions": "p d",
+    "embed.types": "n d",
+    "embed.norm.scale": "d",
+    "embed.norm.bias": "d",
+    "layers.attention_norm.scale": "l d",
+    "layers.attention_norm.bias": "l d",
+    "layers.attention.query.weight": "l h k d",
+    "layers.attention.query.bias": "l h k",
+    "layers.attention.key.weight": "l g k d",
+    "layers.attention.key.bias": "l g k",
+    "layers.attention.value.weight": "l g k d",
+    "layers.attention.value.bias": "l g k",
+    "layers.attention.output.weight": "l d h k",
+    "layers.attention.output.bias": "l d",
+    "layers.mlp_norm.scale": "l d",
+    "layers.mlp_norm.bias": "l d",
+    "layers.mlp.gate.weight": "l f d",
+    "layers.mlp.gate.bias": "l f",
+    "layers.mlp.up.weight": "l f d",
+    "layers.mlp.up.bias": "l f",
+    "layers.mlp.down.weight": "l d f",
+    "layers.mlp.down.bias": "l d",
+    "final_norm.scale": "d",
+    "final_norm.bias": "d",
+    "pooler.weight": "d d",
+    "pooler.bias": "d",
+    "lm_transform.dense.weight": "d d",
+    "lm_transform.dense.bias": "d",
+    "lm_transform.norm.scale": "d",
+    "lm_transform.norm.bias": "d",
+    "lm_head.weight": "v d",
+    "lm_head.bias": "v",
+    "lm_head.spare_bias": "v",
+    "classifier.weight": "c d",
+    "classifier.bias": "c",
+}
+"""Path (stacked form) -> axes, the same letters as in einsum strings and sharding rules."""
+
+
+def stacked_path(path: str) -> str:
+    """`layers.3.mlp.up.weight` -> `layers.mlp.up.weight`; other paths as they are.
+
+    Example:
+        >>> stacked_path("layers.3.mlp.up.weight")
+        'layers.mlp.up.weight'
+    """
+    parts = path.split(".")
+    return ".".join([parts[0], *parts[2:]]) if len(parts) > 2 and parts[1].isdigit() else path
+
+
+def axes(path: str) -> tuple[str, ...]:
+    """The letters of the leaf at `path`, stacked or not.
+
+    Raises:
+        KeyError: the path is not in the table.
+
+    Example:
+        >>> axes("layers.attention.query.weight")
+        ('l', 'h', 'k', 'd')
+        >>> axes("layers.0.attention.query.weight")
+        ('h', 'k', 'd')
+    """
+    stacked = stacked_path(path)
+    if stacked not in AXES:
+        raise KeyError(f"schema: {path!r} is not in the table of axes; add its line to fmodels.schema.AXES")
+    letters = tuple(AXES[stacked].split())
+    return letters if stacked == path else letters[1:]
+
+
+def heads(config: Any, layer: int) -> tuple[int, int]:
+    """`(h, g)`: query and key-value heads that layer `layer` has left after the config's `pruned_heads`.
+
+    A group that lost all its heads is gone with its key-value head; the others have equal numbers of heads.
+    """
+    kept = kept_heads(config, layer)
+    group = config.num_heads // config.num_kv_heads
+    return len(kept), len({head // group for head in kept})
+
+
+def kept_heads(config: Any, layer: int) -> tuple[int, ...]:
+    """The original numbers of the query heads that layer `layer` still has, in order."""
+    gone = dict(config.pruned_heads).get(layer, ())
+    return tuple(head for head in range(config.num_heads) if head not in gone)
+
+
+def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
+    """Letter -> size, from the config; with `layer`, the head counts of that layer."""
+    found = {letter: getattr(config, name) for letter, name in SIZES.items() if hasattr(config, name)}
+    if layer is not None and config.pruned_heads:
+        found["h"], found["g"] = heads(config, layer)
+    return found
+
+
+def is_ragged(config: Any) -> bool:
+    """True if layers differ in their numbers of heads, so that they cannot be stacked."""
+    return len({heads(config, layer) for layer in range(config.num_layers)}) > 1
+
+
+def paths(leaves: Iterable[str], config: Any, *, stacked: bool) -> list[str]:
+    """Expands paths in stacked form to those of a tree with `config.num_layers` layers, stacked or not."""
+    if stacked:
+        return list(leaves)
+    expanded: list[str] = []
+    for path in leaves:
+        if path.startswith("layers."):
+            expanded += [f"layers.{i}.{path.removeprefix('layers.')}" for i in range(config.num_layers)]
+        else:
+            expanded.append(path)
+    return expanded
+
+
+def shape(path: str, config: Any) -> tuple[int, ...]:
+    """The shape that the config gives to the leaf at `path`."""
+    parts = path.split(".")
+    layer = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0 if parts[0] == "layers" else None
+    size = sizes(config, layer)
+    return tuple(size[letter] for letter in axes(path))
+
+
+def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = True) -> Params:
+    """A tree of `jax.ShapeDtypeStruct` for the given leaves (paths in stacked form).
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(vocab_size=5, hidden_size=4, pruned_heads=())
+        >>> abstract(["embed.tokens"], config, "float32")
+        {'embed': {'tokens': ShapeDtypeStruct(shape=(5, 4), dtype=float32)}}
+    """
+    stacked = stacked and not (config.pruned_heads and is_ragged(config))
+    return tree.unflatten({p: jax.ShapeDtypeStruct(shape(p, config), dtype) for p in paths(leaves, config, stacked=stacked)})
+
+
+def check(params: Params, config: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raises one ValueError that lists everything in which `params` departs from what `config` says.
+
+    Args:
+        params: the tree, stacked or not.
+        config: the family's config.
+        required: paths in stacked form that must be there.
+        optional: paths in stacked form that may be there.
+    """
+    flat = tree.flatten(params)
+    stacked = tree.is_stacked(params)
+    want = paths(required, config, stacked=stacked)
+    may = paths(optional, config, stacked=stacked)
+    problems = [f"missing {path!r}" for path in want if path not in flat]
+    problems += [f"unexpected {path!r}" for path in flat if path not in {*want, *may}]
+    for path in (*want, *may):
+        if path in flat and tuple(flat[path].shape) != shape(path, config):
+            letters = " ".join(axes(path))
+            problems.append(f"{path!r} has shape {tuple(flat[path].shape)}, but the config says ({letters}) = {shape(path, config)}")
+    if problems:
+        raise ValueError(f"check: {len(problems)} problems:\n  " + "\n  ".join(problems) + "\nUse match_config to repair the config of a tree edited by hand.")
+
+
+def map_axes(function: Callable[[str, Any, int], Any], params: Params, letter: str) -> Params:
+    """Applies `function(path, leaf, axis)` to every leaf that has the axis `letter`; others are passed through.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"embed": {"tokens": jnp.zeros((5, 4)), "norm": {"scale": jnp.ones(4)}}}
+        >>> shorter = map_axes(lambda path, leaf, axis: leaf[:3], params, "v")
+        >>> shorter["embed"]["tokens"].shape, shorter["embed"]["norm"]["scale"].shape
+        ((3, 4), (4,))
+    """
+
+    def apply(path: str, leaf: Any) -> Any:
+        letters = axes(path)
+        return function(path, leaf, letters.index(letter)) if letter in letters else leaf
+
+    return tree.map_leaves(apply, params)
+
+
+def measured(params: Params) -> dict[str, set[int]]:
+    """Letter -> the sizes that the arrays of the tree have for it (one size, or more if the tree is ragged)."""
+    found: dict[str, set[int]] = {}
+    for path, leaf in tree.flatten(params).items():
+        for letter, size in zip(axes(path), leaf.shape, strict=True):
+            found.setdefault(letter, set()).add(int(size))
+    if not tree.is_stacked(params):
+        found["l"] = {len(params["layers"])}
+    return found
+
+
+def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
+    """A tree of `PartitionSpec` from a rule per letter; a mesh axis is used once per leaf, by its first letter.
+
+    Args:
+        params: a tree of arrays or of `ShapeDtypeStruct`.
+        mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`.
+
+    Example:
+        >>> import jax
+        >>> params = {"embed": {"tokens": jax.ShapeDtypeStruct((8, 4), "float32")}}
+        >>> partition(params, {"v": "model"})["embed"]["tokens"]
+        P('model', None)
+    """
+
+    def spec(path: str, leaf: Any) -> PartitionSpec:
+        used: set[str] = set()
+        names: list[str | None] = []
+        for letter in axes(path):
+            name = mesh_axes.get(letter)
+            names.append(None if name in used else name)
+            if name is not None:
+                used.add(name)
+        return PartitionSpec(*names)
+
+    return tree.map_leaves(spec, params)

@@ -1,0 +1,52 @@
+"""The types that every level shares: aliases for trees and arrays, and the NamedTuples that functions return."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+Key: TypeAlias = jax.Array
+"""A JAX random key, `jax.random.key(seed)` or the older `jax.random.PRNGKey(seed)`."""
+Params: TypeAlias = dict[str, Any]
+"""A nested dict of arrays. `params["layers"]` is a dict of stacked leaves or a tuple with one dict per layer."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far; an argument of `forward` and part of what it returns.
+
+    Attributes:
+        keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape.
+        values: as `keys`.
+        mask: `(b s)` bool, True where a slot holds a real token.
+        length: `()` int32, the number of slots written so far; the next token goes to this slot in every row.
+    """
+
+    keys: Any
+    values: Any
+    mask: Array
+    length: Array
+
+
+class Output(NamedTuple):
+    """What `forward` returns; a field that the task does not have is None.
+
+    Attributes:
+        logits: float32. `(b t v)` for language models, `(b c)` for sequence classification and next-sentence
+            prediction, `(b t c)` for token classification, `(b t 2)` for question answering (start, end),
+            `(b n)` for multiple choice.
+        hidden: `(b t d)`, the last hidden state after the final norm.
+        cache: the updated `Cache`, if one was given.
+        pooled: `(b d)`, the pooler's output, if the model has a pooler.
+        sequence_logits: float32; the second head of models that have two: `(b 2)` for BERT's pretraining task,
+            `(b n)` for GPT-2's double heads.
+        hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`.
+    """
+
+    logits: Array | None = None
+    hidden: Array | None = None
+    cache: Cache | None = None
+    pooled: Array | None = None
+    sequence_logits: Array | None = None
+    hidden_states: Array | None = None

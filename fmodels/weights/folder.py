@@ -1,0 +1,490 @@
+"""Folders of weights under Hugging Face's names: which files to read, and how to replace them all at once.
+
+A save builds the whole new folder beside the old one (what it does not write is hard-linked) and exchanges the two in
+one system call. A process that is killed leaves the old folder or the new one, never a mixture.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fmodels.weights import safetensors, torch_bin
+from fmodels.weights.tensors import Tensor, brief, is_lfs_pointer, lfs_error, listing, parse_json, replacing
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: `read(path) -> (tensors, metadata)`, `write(path, tensors, metadata, *, advance)`, its names."""
+
+    read: Callable[..., tuple[Tensors, dict[str, str]]]
+    write: Callable[..., None] | None  # None: it can only be read
+    stem: str
+    suffix: str
+
+    def single(self, variant: str | None = None) -> str:
+        """The name of the file when there is one."""
+        return f"{self._stem(variant)}.{self.suffix}"
+
+    def index(self, variant: str | None = None) -> str:
+        """The name of the index when there are several."""
+        return f"{self.stem}.{self.suffix}.index{_dotted(variant)}.json"
+
+    def shard(self, number: int, count: int, variant: str | None = None) -> str:
+        """The name of one of several files, counted from 1."""
+        return f"{self._stem(variant)}-{number:05d}-of-{count:05d}.{self.suffix}"
+
+    def owns(self, name: str, variant: str | None = None) -> bool:
+        """Whether a file of that name is weights of this format and variant."""
+        shard = rf"{re.escape(self._stem(variant))}-\d{{5}}-of-\d{{5}}\.{self.suffix}"
+        return name in (self.single(variant), self.index(variant)) or re.fullmatch(shard, name) is not None
+
+    def _stem(self, variant: str | None) -> str:
+        return self.stem + _dotted(variant)
+
+
+FORMATS: dict[str, Format] = {  # in the order in which a folder is searched, which is transformers'
+    "safetensors": Format(safetensors.read, safetensors.write, "model", "safetensors"),
+    "torch": Format(lambda path: (torch_bin.read(path), {}), torch_bin.write, "pytorch_model", "bin"),
+}
+OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
+
+
+def find_weights(exists: Callable[[str], bool], variant: str | None = None) -> str | None:
+    """The file or index that holds a folder's weights, by transformers' order of preference.
+
+    Args:
+        exists: tells whether the folder has a file of that name.
+        variant: as in `model.<variant>.safetensors`.
+
+    Example:
+        >>> find_weights({"pytorch_model.bin", "model.safetensors.index.json"}.__contains__)
+        'model.safetensors.index.json'
+    """
+    return next((name for name in _candidates(variant) if exists(name)), None)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, str]]:
+    """Reads one file of weights, recognised by its content, not by its name.
+
+    Returns:
+        The tensors by name, and the file's metadata.
+
+    Raises:
+        ValueError: no known format, or a damaged file.
+        pickle.UnpicklingError: a pickle that asks for more than tensors.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> path = tempfile.mkdtemp() + "/weights"
+        >>> safetensors.write(path, {"x": Tensor.lazy("x", np.int8, (), lambda: np.array(7, np.int8))})
+        >>> read_file(path)[0]["x"].array().item()
+        7
+    """
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if is_lfs_pointer(head):
+        raise lfs_error(Path(path))
+    if not safetensors.looks_like(path) and head.startswith((b"PK", b"\x80")):
+        return FORMATS["torch"].read(path)
+    return FORMATS["safetensors"].read(path)
+
+
+def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The map from tensors to files of an index, all of whose files must lie beside it.
+
+    Raises:
+        ValueError: no such map, or names that lead out of the folder.
+    """
+    weight_map = parse_json(Path(path).read_bytes(), f"read: index {str(path)!r}").get("weight_map")
+    if not isinstance(weight_map, dict) or any(not isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(
+            f"read: index {str(path)!r} needs a weight_map from tensors to file names, got {brief(weight_map)}; "
+            "save or download the checkpoint again"
+        )
+    # Names are checked, not where links lead: in the Hub's cache all files are links to blobs outside of the folder.
+    outside = sorted({shard for shard in weight_map.values() if not _is_inside(shard)})
+    if outside:
+        raise ValueError(
+            f"read: index {str(path)!r} points outside of its folder: {listing([brief(s) for s in outside])}; "
+            "put the files beside the index and list them by name"
+        )
+    return weight_map
+
+
+def read_folder(folder: str | os.PathLike[str], *, variant: str | None = None) -> tuple[Tensors, dict[str, str]]:
+    """Reads the weights of a checkpoint folder; bytes stay on disk until they are asked for.
+
+    Looks for `model.safetensors`, its index, `pytorch_model.bin`, its index, in this order.
+
+    Args:
+        folder: the checkpoint.
+        variant: reads `model.<variant>.safetensors` and so on.
+
+    Returns:
+        The tensors by name, and the metadata of the files.
+
+    Raises:
+        FileNotFoundError: no folder, no weights in it, or missing shards.
+        ValueError: an index that contradicts its shards, or a damaged file.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> folder = tempfile.mkdtemp()
+        >>> write_folder(folder, {"x": Tensor.lazy("x", np.int8, (2,), lambda: np.ones(2, np.int8))})
+        >>> tensors, metadata = read_folder(folder)
+        >>> tensors["x"].shape, metadata
+        ((2,), {'format': 'pt'})
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        kind = "a file; use read_file" if folder.exists() else "not there; check the path"
+        raise FileNotFoundError(f"read: expected a folder of weights, {str(folder)!r} is {kind}")
+    name = find_weights(lambda name: (folder / name).is_file(), variant)
+    if name is None:
+        found = sorted({path.name for pattern in OTHERS for path in folder.glob(pattern)})
+        hint = f"; there is {listing(found)}, convert it first" if found else ""
+        raise FileNotFoundError(f"read: {str(folder)!r} has none of {', '.join(_candidates(variant))}{hint}")
+    if not name.endswith(".json"):
+        return read_file(folder / name)
+    weight_map = read_index(folder / name)
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise FileNotFoundError(
+            f"read: {str(folder / name)!r} lists {len(shards)} files, {len(missing)} are missing: {listing(missing)}; "
+            "copy or download them"
+        )
+    tensors: Tensors = {}
+    metadata: dict[str, str] = {}
+    home: dict[str, str] = {}
+    problems: list[str] = []
+    for shard in shards:
+        found, text = read_file(folder / shard)
+        problems += [f"{key!r} is in {home[key]} and in {shard}" for key in found if key in home]
+        problems += [f"{key!r} is in {shard}, not in the index" for key in found if key not in weight_map]
+        home |= dict.fromkeys(found, shard)
+        tensors |= found
+        metadata = text | metadata
+    problems += [f"{key!r} is not in {shard}" for key, shard in weight_map.items() if home.get(key) != shard]
+    if problems:
+        raise ValueError(
+            f"read: {str(folder / name)!r} does not fit its files: {listing(problems, sep='; ')}; "
+            "save or download the checkpoint again"
+        )
+    return tensors, metadata
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes the weights of a checkpoint and the small files that belong to them, all or nothing.
+
+    Weights of an older save that would be read in place of the new ones (shards, an index, a file of a format that is
+    preferred) go; everything else in the folder stays. The tensors may lie in the very files that are replaced.
+
+    Killed at any point, with a full disk or an exception, the old checkpoint is whole or the new one is. Where folders
+    cannot be exchanged (not Linux, a mount point, the current directory, a parent without write permission) files are
+    renamed one by one, the index last: exceptions are still rolled back, a kill between two renames is not.
+
+    Args:
+        folder: where to; made if missing.
+        tensors: by name.
+        format: a key of `FORMATS`.
+        max_shard_size: bytes of a file, or text such as "5GB" (10^9), "5GiB" (2^30); a larger tensor has its own file.
+        variant: writes `model.<variant>.safetensors` and so on.
+        files: more files by name, such as `config.json`.
+        progress: shows a bar, on a terminal only.
+
+    Raises:
+        ValueError: an argument or tensor that cannot be written; nothing has changed.
+        OSError: the disk is full, the path a file, …; nothing has changed.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> folder, x = tempfile.mkdtemp(), Tensor.lazy("x", np.int8, (8,), lambda: np.ones(8, np.int8))
+        >>> write_folder(folder, {"a": x, "b": x}, max_shard_size=8, files={"config.json": b"{}"})
+        >>> for name in sorted(os.listdir(folder)): print(name)
+        config.json
+        model-00001-of-00002.safetensors
+        model-00002-of-00002.safetensors
+        model.safetensors.index.json
+    """
+    kind = FORMATS.get(format)
+    if kind is None or kind.write is None:
+        known = ", ".join(name for name, other in FORMATS.items() if other.write)
+        raise ValueError(f"write: format {format!r} cannot be written; use one of {known}")
+    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
+        raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
+    files = dict(files or {})
+    if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
+        raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
+    shards = split(tensors, parse_size(max_shard_size))
+    names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [kind.single(variant)]
+    else:
+        files |= {kind.index(variant): _index(shards, names)}
+    write = kind.write
+
+    def fill(stage: Path) -> None:
+        from tqdm import tqdm
+
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=None if progress else True) as bar:
+            for name, shard in zip(names, shards, strict=True):
+                write(stage / name, shard, {"format": "pt"}, advance=bar.update)
+        for name, content in files.items():
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(stage / name) as out:
+                out.write(content)
+
+    preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
+    # What makes the folder a new checkpoint comes last: the only file, or the index.
+    order = [*names, *files] if len(shards) > 1 else [*files, *names]
+    _commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes: an integer, or text as in transformers, where a last small "b" means bits.
+
+    Example:
+        >>> parse_size("5MB"), parse_size("5MiB"), parse_size("8kb"), parse_size(7)
+        (5000000, 5242880, 1000, 7)
+    """
+    value = size
+    if isinstance(size, str) and (match := re.fullmatch(r"(\d+)\s*([KMGT])(I?)(B)", size.strip(), re.IGNORECASE)):
+        base = 1024 if match[3] else 1000
+        value = int(match[1]) * base ** (" KMGT".index(match[2].upper()))
+        if match[4] == "b" and not match[3]:
+            value //= 8
+    if type(value) is not int or value <= 0:
+        raise ValueError(f'max_shard_size: expected a positive integer or text such as "5GB" or "512MiB", got {size!r}')
+    return value
+
+
+def split(tensors: Mapping[str, Tensor], limit: int) -> list[Tensors]:
+    """Groups of at most `limit` bytes in the given order, as transformers makes them: a larger tensor is alone."""
+    shards: list[Tensors] = []
+    current: Tensors = {}
+    room = limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > limit:
+            shards.append({name: tensor})
+            continue
+        if tensor.nbytes > room:
+            shards.append(current)
+            current, room = {}, limit
+        current[name] = tensor
+        room -= tensor.nbytes
+    return [*shards, current] if current or not shards else shards
+
+
+def _index(shards: list[Tensors], names: list[str]) -> bytes:
+    everything = [tensor for shard in shards for tensor in shard.values()]
+    metadata = {
+        "total_parameters": sum(tensor.size for tensor in everything),
+        "total_size": sum(tensor.nbytes for tensor in everything),
+    }
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _candidates(variant: str | None) -> list[str]:
+    return [name for kind in FORMATS.values() for name in (kind.single(variant), kind.index(variant))]
+
+
+def _dotted(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
+
+
+def _is_inside(name: str) -> bool:
+    """Whether `name` is a plain relative path, on every system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not (name.startswith("/") or ".." in parts or any(c in name for c in "\\:\0"))
+
+
+# The rest replaces a folder.
+
+
+def _commit(folder: Path, fill: Callable[[Path], None], order: list[str], stale: Callable[[str], bool]) -> None:
+    """Puts the files `order`, which `fill` writes into a given folder, into `folder`, removing those that are stale."""
+    target = Path(os.path.realpath(folder))  # a link to the folder stays a link
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(
+            f"write: expected a folder, {str(folder)!r} is a file; give a folder or remove the file"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    exchangeable = not target.exists() or _exchangeable(target)
+    with _stage(target.parent if exchangeable else target, target.name) as stage:
+        fill(stage)
+        if not exchangeable:
+            _move_in(stage, target, order, stale)
+            return
+        if target.exists():
+            _keep(target, stage, lambda name: name in order or stale(name) or name.startswith(_prefix(target.name)))
+            _like(target, stage)
+        for path, _, _ in os.walk(stage, topdown=False):
+            _sync(Path(path))
+        if not target.exists():
+            os.rename(stage, target)
+        elif not _exchange(stage, target):
+            _move_in(stage, target, order, stale)
+            return
+        _sync(target.parent)
+
+
+def _exchangeable(target: Path) -> bool:
+    """Whether the folder itself may become another one."""
+    here = Path(os.path.realpath(os.curdir))
+    mounts = any(os.path.ismount(path) for path, _, _ in os.walk(target))  # a mount would move with the old folder
+    return (
+        sys.platform == "linux" and not mounts and target not in (here, *here.parents) and os.access(target.parent, 3)
+    )
+
+
+def _exchange(stage: Path, target: Path) -> bool:
+    """Exchanges two folders in one step, or returns False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(stage), here, os.fsencode(target), exchange) == 0
+
+
+def _keep(source: Path, target: Path, drop: Callable[[str], bool], prefix: str = "") -> None:
+    """Hard-links all files of `source` that are not dropped by their name into `target`."""
+    for entry in os.scandir(source):
+        name, new = prefix + entry.name, target / entry.name
+        if drop(name):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                raise IsADirectoryError(f"write: expected a file, {entry.path!r} is a folder; rename it")
+        elif entry.is_symlink():
+            os.symlink(os.readlink(entry.path), new)
+        elif entry.is_dir():
+            new.mkdir(exist_ok=True)
+            _keep(Path(entry.path), new, drop, f"{name}/")
+            _like(Path(entry.path), new)
+        else:
+            _link(Path(entry.path), new)
+
+
+def _link(source: Path, new: Path) -> None:
+    try:
+        os.link(source, new, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or a file of somebody else
+        shutil.copy2(source, new, follow_symlinks=False)
+        _sync(new)
+
+
+def _like(source: Path, new: Path) -> None:
+    """Gives the folder `new` the permissions and, where allowed, the owner of `source`."""
+    shutil.copystat(source, new)
+    with contextlib.suppress(OSError):
+        os.chown(new, source.stat().st_uid, source.stat().st_gid)
+
+
+def _move_in(stage: Path, target: Path, order: list[str], stale: Callable[[str], bool]) -> None:
+    """Renames the files `order` from `stage` into `target`, undoing all of it after an exception."""
+    backup = stage / ".old"
+    backup.mkdir()
+    undo: list[tuple[Path | None, Path]] = []
+    # An old index goes first: no index is an error to the reader, an old one with new shards would be a mixture.
+    leaving = [name for name in os.listdir(target) if stale(name) and (name not in order or name.endswith(".json"))]
+    try:
+        for number, name in enumerate([*leaving, *order]):
+            old, saved = target / name, backup / str(number)
+            present = os.path.lexists(old)
+            undo.append((saved if present else None, old))
+            if number < len(leaving):
+                os.rename(old, saved)
+                continue
+            if present:
+                _link(old, saved)
+            old.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / name, old)
+        _sync(target)
+    except BaseException:
+        for saved, old in reversed(undo):
+            if saved is None:
+                old.unlink(missing_ok=True)
+            elif os.path.lexists(saved):  # else the failure came before it was moved
+                os.replace(saved, old)
+        raise
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.saving-"
+
+
+@contextlib.contextmanager
+def _stage(place: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `place`, locked while this process lives, gone afterwards with all that is then in it."""
+    while True:
+        stage = place / (_prefix(name) + secrets.token_hex(4))
+        stage.mkdir()
+        lock = _lock(stage)
+        if stage.exists():  # else somebody swept it before it was locked
+            break
+        _unlock(lock)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        _unlock(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Removes what dead processes left."""
+    for place in (target.parent, target):
+        for path in place.glob(_prefix(target.name).replace("[", "[[]") + "*") if place.is_dir() else ():
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder; None if another process holds it, or where nobody can tell."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or the names in a folder, survive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

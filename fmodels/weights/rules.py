@@ -1,0 +1,217 @@
+"""The invertible layout map: for each tensor on disk, which leaf it is and how its axes lie there.
+
+A family states a list of `Rule`s. From it follow the names and shapes of files, PyTorch's `state_dict`, and the way
+back: `to_disk(from_disk(x)) == x`, bit for bit, because the only operations are reshape, transpose and split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from fmodels import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One kind of tensor on disk.
+
+    Attributes:
+        name: its name, `{l}` for the layer number, a leading `@` for the prefix of the base model.
+        leaf: the path of its leaf, or several paths of leaves that lie side by side in it.
+        layout: the axes on disk, such as `"(h k) d"`; the leaf's own if None. With several leaves, one layout each.
+        along: the axis of the tensor along which several leaves lie side by side.
+        tasks: the tasks whose models have it; all if None.
+        when: a config field that must be truthy for it to exist; `!field` for falsy.
+        optional: it may be absent, and then so is the leaf.
+    """
+
+    name: str
+    leaf: str | tuple[str, ...]
+    layout: str | tuple[str, ...] | None = None
+    along: int = 0
+    tasks: tuple[str, ...] | None = None
+    when: str | None = None
+    optional: bool = False
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return (self.leaf,) if isinstance(self.leaf, str) else self.leaf
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        """Per leaf, the groups of letters of each axis on disk: `"(h k) d"` -> `("hk", "d")`."""
+        if self.layout is None:
+            return tuple(_letters(leaf) for leaf in self.leaves)
+        layouts = (self.layout,) if isinstance(self.layout, str) else self.layout
+        return tuple(_groups(layout) for layout in layouts)
+
+    def applies(self, config: Any) -> bool:
+        """True if a model with this config has the tensor."""
+        if self.tasks is not None and config.task not in self.tasks:
+            return False
+        if self.when is None:
+            return True
+        return not getattr(config, self.when[1:]) if self.when.startswith("!") else bool(getattr(config, self.when))
+
+
+@functools.cache
+def _groups(layout: str) -> tuple[str, ...]:
+    return tuple(group.strip("()").replace(" ", "") for group in re.findall(r"\([^)]*\)|\S+", layout))
+
+
+@functools.cache
+def _letters(leaf: str) -> tuple[str, ...]:
+    """The leaf's axes without the layer's."""
+    return tuple(letter for letter in schema.axes(leaf) if letter != "l")
+
+
+def _axis_order(leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
+    """The transposition from the disk's letters to the leaf's; letters that repeat are taken in order."""
+    disk = list("".join(groups))
+    order = []
+    for letter in _letters(leaf):
+        order.append(disk.index(letter))
+        disk[order[-1]] = ""
+    return tuple(order)
+
+
+def disk_shape(rule: Rule, size: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape on disk for the given size of each letter."""
+    shapes = [[_product(size[letter] for letter in group) for group in groups] for groups in rule.layouts]
+    shape = shapes[0]
+    shape[rule.along] = sum(part[rule.along] for part in shapes) if len(shapes) > 1 else shape[rule.along]
+    return tuple(shape)
+
+
+def from_disk(rule: Rule, tensor: Any, size: Mapping[str, int]) -> dict[str, Any]:
+    """The leaves of one layer from the tensor on disk; views where the array library makes them.
+
+    Args:
+        rule: the tensor's rule.
+        tensor: any array with `reshape`, `transpose` and slicing: numpy, jax (traced or not).
+        size: letter -> size, to split grouped axes.
+    """
+    leaves: dict[str, Any] = {}
+    offset = 0
+    for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
+        part = tensor
+        if len(rule.leaves) > 1:
+            width = _product(size[letter] for letter in groups[rule.along])
+            part = tensor[(slice(None),) * rule.along + (slice(offset, offset + width),)]
+            offset += width
+        part = part.reshape([size[letter] for group in groups for letter in group])
+        order = _axis_order(leaf, groups)
+        leaves[leaf] = part if order == tuple(range(len(order))) else part.transpose(order)
+    return leaves
+
+
+def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., Any]) -> Any:
+    """The inverse of `from_disk`; sizes are read from the arrays.
+
+    Args:
+        rule: the tensor's rule.
+        leaves: path (stacked form) -> this layer's leaf.
+        concatenate: `np.concatenate` or `jnp.concatenate`, called as `concatenate(parts, axis)`.
+    """
+    parts = []
+    for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
+        array = leaves[leaf]
+        order = _axis_order(leaf, groups)
+        inverse = tuple(order.index(i) for i in range(len(order)))
+        array = array if inverse == tuple(range(len(order))) else array.transpose(inverse)
+        shape, axis = [], 0
+        for group in groups:
+            shape.append(_product(array.shape[axis : axis + len(group)]))
+            axis += len(group)
+        parts.append(array.reshape(shape))
+    return parts[0] if len(parts) == 1 else concatenate(parts, rule.along)
+
+
+def _product(sizes: Iterable[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+class Place(NamedTuple):
+    """Where a tensor on disk belongs: its rule and its layer (None outside of the layers)."""
+
+    rule: Rule
+    layer: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A family's layout map.
+
+    Attributes:
+        rules: every tensor of every task.
+        prefix: task -> the base model's prefix on disk; the entry `""` is for the tasks not named. The base task
+            has none.
+        tied: name on disk -> path of the leaf that it repeats when the head is tied; such tensors are not written.
+        renames: regular expression -> replacement, old spellings of names.
+        ignored: regular expressions of names of buffers that the computation does not read.
+        fallbacks: name -> the name that is read in its place when it is absent.
+    """
+
+    rules: tuple[Rule, ...]
+    prefix: Mapping[str, str]
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def base_prefix(self, task: str) -> str:
+        """What `@` stands for: the prefix with its dot, or nothing for a base model saved by itself."""
+        return "" if task == "base" else self.prefix.get(task, self.prefix[""]) + "."
+
+    def leaves(self, config: Any, *, optional: bool = False) -> list[str]:
+        """The paths, in stacked form, of the leaves that a model with this config must (or, `optional`, may) have."""
+        rules = [r for r in self.rules if r.applies(config) and r.optional == optional]
+        return list(dict.fromkeys(leaf for rule in rules for leaf in rule.leaves))
+
+    def places(self, config: Any) -> dict[str, Place]:
+        """Name on disk -> its place, for every tensor of a model with this config."""
+        return self._places([rule for rule in self.rules if rule.applies(config)], config)
+
+    def places_of_other_tasks(self, config: Any) -> dict[str, Place]:
+        """As `places`, for the tensors that only models of other tasks have."""
+        rules = [r for r in self.rules if r.tasks is not None and config.task not in r.tasks]
+        return self._places(rules, config)
+
+    def _places(self, rules: Iterable[Rule], config: Any) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for rule in rules:
+            name = rule.name.replace("@", self.base_prefix(config.task))
+            if "{l}" in name:
+                places.update({name.replace("{l}", str(i)): Place(rule, i) for i in range(config.num_layers)})
+            else:
+                places[name] = Place(rule, None)
+        return places
+
+    def spellings(self, name: str, config: Any) -> list[str]:
+        """The names that `name` may stand for: itself, its modern form, each with the base prefix put on or off."""
+        modern = name
+        for pattern, replacement in self.renames.items():
+            modern = re.sub(pattern, replacement, modern)
+        prefix = self.base_prefix(config.task)
+        found = [name, modern]
+        for one in (name, modern):
+            found += [one.removeprefix(f"{p}.") for p in self.prefix.values() if one.startswith(f"{p}.")]
+        return list(dict.fromkeys([*found, *(prefix + one for one in found)]))
+
+    def is_ignored(self, name: str) -> bool:
+        """True for the buffers that old checkpoints carry and nothing reads."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def layer_leaves(rule: Rule, layer: int | None) -> dict[str, str]:
+    """Stacked path -> path in an unstacked tree, for the leaves of a rule in a layer."""
+    if layer is None:
+        return {leaf: leaf for leaf in rule.leaves}
+    return {leaf: f"layers.{layer}.{leaf.removeprefix('layers.')}" for leaf in rule.leaves}

@@ -1,0 +1,243 @@
+"""One description of a tensor that lies in a file, shared by all readers and writers of weights.
+
+A reader returns `Tensor`s without touching their bytes; a writer asks each `Tensor` for its array when its turn has
+come. So `write(path, read(other))` streams, and a checkpoint larger than the memory can be converted.
+"""
+
+import json
+import math
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+ALIGNMENT = 64  # bytes: what XLA and dlpack want of a buffer that is used without a copy
+LIMIT = 2**63 - 1  # of a size in bytes
+
+
+class File:
+    """A file opened for reading, kept open (and mapped) as long as a tensor or an array of it lives.
+
+    The open descriptor, not the path, is the identity: the tensors stay readable when a save replaces the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.fd)
+        self.size = os.fstat(self.fd).st_size
+        if os.path.isdir(path):
+            raise IsADirectoryError(f"read: expected a weights file, {str(path)!r} is a folder; use read_folder")
+
+    @cached_property
+    def mapped(self) -> np.ndarray:
+        """All bytes of the file, mapped privately: writing to them copies the page and never reaches the disk."""
+        if self.size == 0:  # an empty file cannot be mapped
+            return np.empty(0, np.uint8)
+        if hasattr(mmap, "MAP_PRIVATE"):
+            # Without NORESERVE a private map counts as memory, and a file larger than the RAM could not be mapped.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+            memory = mmap.mmap(self.fd, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            memory = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_COPY)
+        return np.frombuffer(memory, np.uint8)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """The `count` bytes at `offset`, fewer at the end of the file."""
+        return self.mapped[offset : offset + count].tobytes()
+
+    def read_into(self, out: np.ndarray, offset: int) -> None:
+        """Fills the C-contiguous `out` from `offset` on, without mapping: no page of the file stays in memory."""
+        view = out.reshape(-1).view(np.uint8).data
+        if not hasattr(os, "preadv"):  # Windows
+            view[:] = self.mapped[offset : offset + len(view)].data
+            return
+        done = 0
+        while done < len(view):  # one call reads at most 2 GiB
+            count = os.preadv(self.fd, [view[done : done + 2**30]], offset + done)
+            if count == 0:
+                raise OSError(f"read: {str(self.path)!r} was cut while it was read; copy or download it again")
+            done += count
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A named tensor whose bytes are fetched on demand.
+
+    Attributes:
+        name: as in the file.
+        dtype: a numpy type, of `ml_dtypes` for bfloat16, float8 and smaller.
+        shape: in elements, also where several elements share a byte on disk.
+
+    Example:
+        >>> import numpy as np
+        >>> tensor = Tensor.lazy("ones", np.float32, (2, 3), lambda: np.ones((2, 3), np.float32))
+        >>> tensor.nbytes, tensor.array().sum().item()
+        (24, 6.0)
+        >>> out = np.empty((2, 3), np.float32)
+        >>> tensor.read_into(out)
+        >>> out[0]
+        array([1., 1., 1.], dtype=float32)
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    get: Callable[[], np.ndarray]
+    file: File | None = None  # with `offset`: where the elements lie in row-major order, if they do
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.size * self.dtype.itemsize
+
+    @classmethod
+    def lazy(cls, name: str, dtype: Any, shape: Sequence[int], get: Callable[[], np.ndarray]) -> "Tensor":
+        """A tensor in memory, or yet to be computed: `get` is called each time the array is asked for."""
+        return cls(name, np.dtype(dtype), tuple(shape), get)
+
+    @classmethod
+    def in_file(cls, name: str, dtype: Any, shape: Sequence[int], file: File, offset: int) -> "Tensor":
+        """A tensor whose elements lie in row-major order at `offset` of `file`."""
+        dtype, shape = np.dtype(dtype), tuple(shape)
+        count = math.prod(shape) * dtype.itemsize
+
+        def get() -> np.ndarray:
+            return file.mapped[offset : offset + count].view(dtype).reshape(shape)
+
+        return cls(name, dtype, shape, get, file, offset)
+
+    def array(self) -> np.ndarray:
+        """The elements; for a tensor in a file a view of its mapped bytes, which may be written to and never saved."""
+        array = self.get()
+        if array.dtype != self.dtype or array.shape != self.shape:
+            raise ValueError(
+                f"array: tensor {self.name!r} was described as {self.dtype}{list(self.shape)}, its data are "
+                f"{array.dtype}{list(array.shape)}; describe it as it is"
+            )
+        return array
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Writes the elements into `out`, a C-contiguous array of the same dtype and shape."""
+        if out.dtype != self.dtype or out.shape != self.shape or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(
+                f"read_into: expected a writable C-contiguous array {self.dtype}{list(self.shape)} for tensor "
+                f"{self.name!r}, got {out.dtype}{list(out.shape)} with strides {out.strides}"
+            )
+        if self.file is None:
+            out[...] = self.array()
+        else:
+            self.file.read_into(out, self.offset)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements of `tensor` in row-major order, as they are written to a file."""
+    return np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8).data
+
+
+def shape_problem(shape: object, itemsize: int) -> str | None:
+    """Why `shape` cannot be that of an array, or None."""
+    if not isinstance(shape, list | tuple) or any(type(n) is not int or n < 0 for n in shape):
+        return f"shape must be a list of integers >= 0, got {brief(shape)}"
+    if len(shape) > 64:
+        return f"an array has at most 64 axes, the shape has {len(shape)}"
+    if math.prod(n for n in shape if n) * max(itemsize, 1) > LIMIT:  # numpy counts the others of an empty shape, too
+        return f"shape {brief(list(shape))} is larger than any file"
+    return None
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """`repr` for messages, cut to `limit` characters.
+
+    Example:
+        >>> brief(list(range(100)), 12)
+        '[0, 1, 2, 3…'
+    """
+    if isinstance(value, list | tuple | str | bytes):
+        value = value[:limit]
+    elif isinstance(value, dict):
+        value = dict(list(value.items())[:limit])
+    elif isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # deep nesting, integers of more than 4300 digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def listing(items: Sequence[str], limit: int = 20, sep: str = ", ") -> str:
+    """All of `items`, or the first `limit` and the number of the others."""
+    more = [f"… and {len(items) - limit} more"] if len(items) > limit else []
+    return sep.join([*items[:limit], *more])
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, strictly: duplicate keys, NaN and invalid text are a ValueError that begins with `where`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in items:
+            key.encode()  # a lone surrogate is no text
+            if key in out:
+                raise ValueError(f"key {brief(key)} is there twice")
+            out[key] = value
+        return out
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{where}: expected JSON, {reason}; copy or download the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {brief(value)}; copy or download the file again")
+    return value
+
+
+def is_lfs_pointer(raw: bytes) -> bool:
+    """Whether a file that begins with `raw` is the small text that git keeps in place of a large file."""
+    return raw.startswith(b"version ") and b"git-lfs" in raw[:200]
+
+
+def lfs_error(path: Path) -> ValueError:
+    """What to tell about a pointer."""
+    return ValueError(
+        f"read: {str(path)!r} is a git-lfs pointer, the weights themselves were not fetched; "
+        "run `git lfs pull` in that folder"
+    )
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well, else nothing changes.
+
+    Never writes into the old file: its tensors may be mapped, perhaps by those that are written.
+    """
+    path = Path(path)
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(staged, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
