@@ -12,6 +12,9 @@ from fmodels.api import partition_specs as partition_specs
 from fmodels.checkpoint import load as load
 from fmodels.checkpoint import load_config as load_config
 from fmodels.checkpoint import save as save
+from fmodels.generate import Generated as Generated
+from fmodels.generate import generate as generate
+from fmodels.generate import stream as stream
 from fmodels.generation.config import GenerationConfig as GenerationConfig
 from fmodels.layout import from_disk as from_disk
 from fmodels.layout import to_disk as to_disk
