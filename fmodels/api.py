@@ -143,8 +143,9 @@ def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[st
         table = embed["positions"].shape[0]
         if arrays["positions"] is not None:
             problems += _outside("positions", arrays["positions"], table, "the table of positions")
-        elif tokens.shape[-1] > table and (config.model_type == "bert" or arrays["mask"] is None):
-            problems.append(f"{tokens.shape[-1]} tokens are more than the {table} positions of this model")
+        # Under `jax.export` a length may be a symbol, which cannot be compared.
+        elif isinstance(length := tokens.shape[-1], int) and length > table and (config.model_type == "bert" or arrays["mask"] is None):
+            problems.append(f"{length} tokens are more than the {table} positions of this model")
     if cache is not None and not isinstance(cache.length, jax.core.Tracer):
         used, slots = int(cache.length), cache.mask.shape[1]
         if used + tokens.shape[-1] > slots:
@@ -196,7 +197,8 @@ def match_config(params: Params, config: Config) -> Config:
         sizes = ", ".join(f"{schema.LETTERS[letter]}: {sorted(found[letter])}" for letter in sorted(ragged))
         raise ValueError(f"match_config: layers differ in size ({sizes}), which config.pruned_heads does not explain; use prune_heads")
     for letter, field in schema.SIZES.items():
-        if letter in found and not (letter in "hg" and fits) and hasattr(config, field):
+        fixed = (letter in "hg" and fits) or (letter == "c" and config.task in schema.CLASSES)
+        if letter in found and not fixed and hasattr(config, field):
             changes[field] = next(iter(found[letter]))
     if not fits:
         changes["pruned_heads"] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,39 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
 
 def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+
+
+def push_to_hub(
+    params: Params,
+    config: Config,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
+
+    Args:
+        params: the tree.
+        config: its config.
+        repo_id: such as `"me/my-model"`.
+        token: of the Hub; the stored one if None. It is never printed or saved.
+        private: visibility of a new repository.
+        revision: branch to commit to.
+        create_pr: open a pull request.
+        commit_message: of the commit.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        OSError: the Hub cannot be reached or refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save(params, config, folder)
+        return hub.push(
+            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message
+        )

@@ -285,9 +285,9 @@ def _tells_token(error: BaseException | None, token: str | bool | None) -> bool:
     """Whether the text of an error, or of what caused it, has the token in it (as an illegal HTTP header would)."""
     from huggingface_hub import get_token
 
-    secrets = [secret for secret in (token, get_token()) if isinstance(secret, str) and secret]
+    secrets = [secret.strip() for secret in (token, get_token()) if isinstance(secret, str) and secret.strip()]
     while error is not None:
-        if any(secret in f"{error} {error!r}" or repr(secret)[1:-1] in repr(error) for secret in secrets):
+        if any(secret in f"{error} {error!r}" for secret in secrets):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -16,6 +16,7 @@ import numpy as np
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
+from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import rules
 from fmodels.weights.rules import Place
@@ -127,7 +128,7 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
         for path, leaf in rules.from_disk(rule, tensors[name], schema.sizes(config, layer)).items():
             leaves[where[path]] = leaf
     params = tree.unflatten(leaves)
-    return stack(params) if check_layers(layers) and not schema.is_ragged(config) else params
+    return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
 
 
 def check_layers(layers: str) -> bool:
@@ -135,13 +136,6 @@ def check_layers(layers: str) -> bool:
     if layers not in ("stacked", "list"):
         raise ValueError(f"layers={layers!r}: expected 'stacked' or 'list'")
     return layers == "stacked"
-
-
-def stack(params: Params) -> Params:
-    """A tuple of equal layers as one dict of stacked leaves; numpy leaves stay numpy."""
-    trees = [tree.flatten(layer) for layer in params["layers"]]
-    join = np.stack if all(isinstance(a, np.ndarray) for a in trees[0].values()) else jnp.stack
-    return {**params, "layers": tree.unflatten({path: join([t[path] for t in trees]) for path in trees[0]})}
 
 
 def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, Any]:
@@ -169,6 +163,26 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
     if tied and config.tie_word_embeddings:
         tensors |= {name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and _has_head(config)}
     return tensors
+
+
+def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ...]]:
+    """Name on disk -> the paths (unstacked form) of the leaves that lie in it, side by side if there are several.
+
+    Args:
+        config: the config.
+        tied: also the names that a tied head repeats, as in `to_disk`; their leaf has an earlier name, too.
+
+    Example:
+        >>> import fmodels as fm
+        >>> names = fm.disk_names(fm.models.gpt2.Config(num_layers=1, task="causal-lm"), tied=True)
+        >>> names["transformer.h.0.ln_1.weight"], names["transformer.wte.weight"], names["lm_head.weight"]
+        (('layers.0.attention_norm.scale',), ('embed.tokens',), ('embed.tokens',))
+    """
+    weights = family(config).weights
+    names = {name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()}
+    if tied and config.tie_word_embeddings and _has_head(config):
+        names |= {name: (leaf,) for name, leaf in weights.tied.items()}
+    return names
 
 
 def _has_head(config: Config) -> bool:

@@ -46,6 +46,9 @@ SIZES = {
 }
 """Letter -> the config field with its size."""
 
+CLASSES = {"multiple-choice": 1, "double-heads": 1, "next-sentence": 2, "pretraining": 2, "question-answering": 2}
+"""Task -> the classes that its head has, whatever the config's `num_labels` says."""
+
 AXES = {
     "embed.tokens": "v d",
     "embed.positions": "p d",
@@ -136,6 +139,8 @@ def kept_heads(config: Any, layer: int) -> tuple[int, ...]:
 def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
     """Letter -> size, from the config; with `layer`, the head counts of that layer."""
     found = {letter: getattr(config, name) for letter, name in SIZES.items() if hasattr(config, name)}
+    if "c" in found:
+        found["c"] = CLASSES.get(config.task, found["c"])
     if layer is not None and config.pruned_heads:
         found["h"], found["g"] = heads(config, layer)
     return found

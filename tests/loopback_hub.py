@@ -151,12 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        pull = "create_pr=1" in self.path
-        sha = repo.commit(files, "refs/pr/1" if pull else branch, lines[0]["value"]["summary"])
-        answer = {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
-        if pull:
-            answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/1"
-        self.json(answer)
+        sha = repo.commit(files, branch, lines[0]["value"]["summary"])
+        self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def file(self, sha, content):
         if content is None:

@@ -183,7 +183,6 @@ def test_push(site, tmp_path):
     assert repo.messages[-1] == "again"
     hub.push(single, "me/new", revision="try")
     assert repo.refs["try"]
-    assert "discussions" in hub.push(folder, "me/new", create_pr=True)
     site.repos["me/locked"] = Repo({}, token="right")
     assert "access" in refusal(hub.push, folder, "me/locked", token=SECRET)[0]
     with pytest.raises(NotADirectoryError, match="save"):

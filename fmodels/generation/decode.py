@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fmodels.generation import logits as rules
 from fmodels.nn.cache import init_cache
-from fmodels.nn.positions import from_mask
+from fmodels.nn.positions import from_mask, last_real
 from fmodels.types import Array, Cache, Key, Output, Params
 
 Forward = Callable[..., Output]
@@ -81,8 +81,7 @@ def start(
         sampling: whether any row samples; static.
     """
     batch, length = tokens.shape
-    last = jnp.argmax(jnp.arange(length)[None] * mask, axis=-1)
-    out = forward(params, tokens, mask=mask, positions=from_mask(mask), cache=init_cache(params, batch, length), select=last)
+    out = forward(params, tokens, mask=mask, positions=from_mask(mask), cache=init_cache(params, batch, length), select=last_real(mask))
     assert out.logits is not None and out.cache is not None
     rows = jnp.arange(batch)[:, None]
     seen = jnp.zeros((batch, out.logits.shape[-1]), bool).at[rows, tokens].max(mask)
@@ -155,7 +154,7 @@ def _choose(state: State, logits: Array, options: Options, sampling: bool) -> St
         logprob=jnp.where(state.done, 0.0, logprob),
         position=state.position + 1,
         done=state.done | ended,
-        lengths=state.lengths + ~state.done,
+        lengths=state.lengths + (~state.done).astype(jnp.int32),
         count=state.count + 1,
         seen=state.seen.at[jnp.arange(batch), token].max(~state.done),
         key=key,

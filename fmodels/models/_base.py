@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from fmodels import schema, tree
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.linear import linear
+from fmodels.nn.positions import last_real
 from fmodels.types import Array, Cache, Key, Output, Params
 from fmodels.weights.rules import Weights
 
@@ -271,11 +272,6 @@ def decoder_head(
             real = jnp.ones(tokens.shape, bool) if mask is None else mask
         logits = at(logits, last_real(real))
     return out._replace(logits=logits)
-
-
-def last_real(mask: Array) -> Array:
-    """The place of the last True of each row of `(b t)`, 0 where there is none."""
-    return jnp.argmax(jnp.arange(mask.shape[1])[None] * mask, axis=-1)
 
 
 def at(x: Array, index: Array) -> Array:

@@ -24,7 +24,7 @@ from fmodels.nn.embeddings import embed
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import from_mask
+from fmodels.nn.positions import from_mask, last_real
 from fmodels.types import Array, Cache, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -183,7 +183,7 @@ def _summary(params: Params, config: Config, hidden: Array, mask: Array | None) 
     else:
         last = jnp.full(hidden.shape[:1], hidden.shape[1] - 1)
         if mask is not None and config.summary_type == "cls_index":
-            last = jnp.argmax(jnp.arange(mask.shape[1])[None] * mask, axis=-1)
+            last = last_real(mask)
         vector = at(hidden, last)
     logits = linear(params["classifier"], vector, "bd,cd->bc")[:, 0].astype(jnp.float32)
     return activation(config.summary_activation)(logits) if config.summary_activation else logits

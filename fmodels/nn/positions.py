@@ -23,6 +23,12 @@ def from_mask(mask: Array) -> Array:
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
 
 
+def last_real(mask: Array) -> Array:
+    """The column of the last True of each row of `(b t)`, 0 where there is none: `(b)` int32."""
+    columns = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
+    return jnp.argmax(jnp.where(mask, columns, 0), axis=-1).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """The settings of rotary position embeddings, by transformers' names.

@@ -368,7 +368,9 @@ def _exchange(stage: Path, target: Path) -> bool:
 
 def _keep(source: Path, target: Path, drop: Callable[[str], bool], prefix: str = "") -> None:
     """Hard-links all files of `source` that are not dropped by their name into `target`."""
-    for entry in os.scandir(source):
+    with os.scandir(source) as listed:
+        entries = list(listed)
+    for entry in entries:
         name, new = prefix + entry.name, target / entry.name
         if drop(name):
             if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):

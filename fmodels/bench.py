@@ -1,0 +1,358 @@
+"""Speed and memory against transformers on PyTorch, in one run on one machine: medians and ratios.
+
+`fmodels bench` prints a table; `tests/bench/results.json` holds the run that the README quotes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+THREADS = 2
+"""Threads of both sides, the number of cores that the targets were set for."""
+
+
+class Result(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        name: what was measured.
+        ours, theirs: medians, in `unit`; theirs is the yardstick, mostly transformers.
+        unit: of both.
+        ratio: how much better ours is, or for sizes and times of ours alone, ours over the yardstick.
+        target: what the ratio should reach (`>=`) or stay below (`<=`).
+        note: anything else, such as the share of the memory bandwidth.
+    """
+
+    name: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    target: str
+    note: str = ""
+
+    @property
+    def good(self) -> bool:
+        sign, number = self.target.split()
+        return self.ratio >= float(number) if sign == ">=" else self.ratio <= float(number)
+
+
+def median_of(*functions: Callable[[], Any], repeats: int = 3) -> list[float]:
+    """Median seconds of each function; they take turns, so that a busy moment of the machine hits all alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, found in zip(functions, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - begin)
+    return [statistics.median(found) for found in times]
+
+
+def bandwidth() -> float:
+    """Bytes per second that all threads together read from memory, by a sum over 800 MB."""
+    import torch
+
+    numbers = torch.ones(200_000_000)
+    (seconds,) = median_of(lambda: numbers.sum(), repeats=5)
+    return numbers.numel() * 4 / seconds
+
+
+def _config(name: str) -> Any:
+    import fmodels as fm
+
+    if name == "llama-50m":
+        return fm.models.llama.Config(
+            hidden_size=512, intermediate_size=1376, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64, task="causal-lm",
+            eos_token_id=None,
+        )  # fmt: skip
+    if name == "qwen2-0.5b-shaped":
+        return fm.models.llama.Config(
+            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64,
+            tie_word_embeddings=True, task="causal-lm", eos_token_id=None,
+        )  # fmt: skip
+    if name == "minilm-shaped":
+        return fm.models.bert.Config(hidden_size=384, intermediate_size=1536, num_layers=6, head_dim=32, pooling="mean", normalize=True)
+    return fm.models.gpt2.Config(task="causal-lm", eos_token_id=None)
+
+
+def decode(name: str, batch: int, target: float, *, new_tokens: int = 64, repeats: int = 3) -> Iterator[Result]:
+    """Greedy decoding, tokens per second: prompts of 16 tokens, everything included but compilation."""
+    import jax
+    import torch
+
+    import fmodels as fm
+    from interop import transformers as it
+
+    config = _config(name)
+    stacked = fm.init(config, jax.random.key(0))
+    theirs: Any = it.to_transformers(stacked, config)
+    params = fm.unstack_layers(stacked)
+    size = fm.memory_footprint(params)
+    del stacked
+    tokens = np.random.default_rng(0).integers(1, 1000, (batch, 16))
+    ids, ones = torch.tensor(tokens), torch.ones(batch, 16, dtype=torch.long)
+
+    def run_theirs() -> None:
+        with torch.no_grad():
+            theirs.generate(ids, attention_mask=ones, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+
+    def run_ours() -> None:
+        jax.block_until_ready(fm.generate(params, config, tokens, max_new_tokens=new_tokens))
+
+    ours_s, theirs_s = median_of(run_ours, run_theirs, repeats=repeats)
+    ours, reference = batch * new_tokens / ours_s, batch * new_tokens / theirs_s
+    share = ours / batch * size / bandwidth()
+    yield Result(f"decode {name}, batch {batch}", ours, reference, "tokens/s", ours / reference, f">= {target}", f"{share:.0%} of memory bandwidth")
+
+
+def encode(*, repeats: int = 5) -> Iterator[Result]:
+    """A text encoder of MiniLM's shape: equal batches, single texts, and 512 texts of mixed length."""
+    import jax
+    import torch
+
+    import fmodels as fm
+    from interop import transformers as it
+
+    config = _config("minilm-shaped")
+    params = fm.init(config, jax.random.key(0))
+    theirs: Any = it.to_transformers(params, config)
+    random = np.random.default_rng(0)
+
+    def pool(tokens: Any, mask: Any) -> Any:
+        with torch.no_grad():
+            hidden = theirs(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weights = mask[..., None].float()
+        return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+    for batch, length, target in ((32, 128, 1.0), (1, 32, 1.5)):
+        tokens = random.integers(1, config.vocab_size, (batch, length))
+        ids, mask = torch.tensor(tokens), torch.ones(batch, length, dtype=torch.long)
+        ours_s, theirs_s = median_of(
+            lambda tokens=tokens: jax.block_until_ready(fm.embed(params, config, tokens)),
+            lambda ids=ids, mask=mask: pool(ids, mask),
+            repeats=repeats,
+        )
+        yield Result(f"encode {batch} × {length} tokens", batch / ours_s, batch / theirs_s, "texts/s", theirs_s / ours_s, f">= {target}")
+
+    texts = [random.integers(1, config.vocab_size, n).tolist() for n in np.clip(random.lognormal(3.6, 0.7, 512), 4, 256).astype(int)]
+
+    def in_order() -> None:
+        for first in range(0, len(texts), 32):
+            rows = texts[first : first + 32]
+            width = max(map(len, rows))
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            pool(padded, (torch.arange(width)[None] < torch.tensor([len(row) for row in rows])[:, None]).long())
+
+    ours_s, theirs_s = median_of(lambda: fm.embed_texts(params, config, texts), in_order, repeats=max(1, repeats // 2))
+    yield Result("encode 512 texts of mixed length", 512 / ours_s, 512 / theirs_s, "texts/s", theirs_s / ours_s, ">= 2")
+
+
+_LOAD = """
+import resource, sys, time
+{imports}
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
+begin = time.perf_counter()
+{body}
+print(time.perf_counter() - begin, peak() - before)
+"""
+
+
+def load(*, repeats: int = 3) -> Iterator[Result]:
+    """Time and peak memory of loading a 200 MB checkpoint, in fresh processes, after imports, files in the page cache."""
+    import jax
+
+    import fmodels as fm
+
+    config = _config("llama-50m")
+    with tempfile.TemporaryDirectory() as folder:
+        params = fm.init(config, jax.random.key(0))
+        fm.save(params, config, folder)
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        warm = "import fmodels as fm, jax; jax.block_until_ready(jax.numpy.zeros(3))"
+        ours = {
+            form: f"params, config = fm.load({folder!r}, layers={form!r}); jax.block_until_ready(params)" for form in ("stacked", "list")
+        }
+        runs = {form: (warm, body) for form, body in ours.items()}
+        runs["transformers"] = (
+            "from interop import transformers as it; from transformers import LlamaForCausalLM",
+            # Every weight is touched once, as ours are: transformers maps the file and reads nothing before.
+            f"model = it.load_transformers({folder!r}); [p.sum() for p in model.parameters()]",
+        )
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, (imports, body) in runs.items():
+                found[name].append(tuple(map(float, _python(_LOAD.format(imports=imports, body=body)).split())))  # pyright: ignore[reportArgumentType]
+    seconds = {name: statistics.median(s for s, _ in pairs) for name, pairs in found.items()}
+    memory = {name: statistics.median(m for _, m in pairs) for name, pairs in found.items()}
+    for form, limit in (("stacked", 1.2), ("list", 1.05)):
+        yield Result(f"load, {form}", seconds[form] * 1e3, seconds["transformers"] * 1e3, "ms", seconds["transformers"] / seconds[form], ">= 5")
+        yield Result(f"peak memory of load, {form}", memory[form] / 1e6, size / 1e6, "MB", memory[form] / size, f"<= {limit}")
+
+
+def import_time(*, repeats: int = 5) -> Iterator[Result]:
+    """`import fmodels` against `import jax`, in fresh processes."""
+    seconds = {}
+    for module in ("jax", "fmodels"):
+        code = f"import time; begin = time.perf_counter(); import {module}; print(time.perf_counter() - begin)"
+        _python(code)
+        seconds[module] = statistics.median(float(_python(code)) for _ in range(repeats))
+    yield Result("import fmodels (against import jax)", seconds["fmodels"] * 1e3, seconds["jax"] * 1e3, "ms", seconds["fmodels"] / seconds["jax"], "<= 1.3")
+
+
+def compile_time() -> Iterator[Result]:
+    """Compile time of a gradient for 48 layers against 12, stacked; and compilations over prompt lengths of a bucket."""
+    import jax
+
+    import fmodels as fm
+
+    def seconds(layers: int) -> float:
+        config = fm.models.llama.Config(
+            vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=layers, num_heads=4, num_kv_heads=4, head_dim=16,
+            task="causal-lm",
+        )  # fmt: skip
+        params = fm.abstract(config)
+        loss = lambda p, t: fm.forward(p, config, t).logits.mean()  # noqa: E731  # pyright: ignore[reportOptionalMemberAccess]
+        lowered = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((2, 32), np.int32))
+        begin = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - begin
+
+    with _no_compilation_cache():
+        seconds(3)
+        shallow, deep = (statistics.median(seconds(layers) for _ in range(3)) for layers in (12, 48))
+    yield Result("compile gradient, 48 layers (against 12)", deep * 1e3, shallow * 1e3, "ms", deep / shallow, "<= 1.3")
+
+    config = fm.models.llama.Config(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16,
+        task="causal-lm", eos_token_id=None,
+    )  # fmt: skip
+    params = fm.init(config, jax.random.key(0))
+    from fmodels.generate import _generate
+
+    before = _generate._cache_size()
+    lengths = range(33, 49)
+    for length in lengths:
+        fm.generate(params, config, np.ones((1, length), np.int32), max_new_tokens=4)
+    compiles = _generate._cache_size() - before
+    yield Result(f"compilations over {len(lengths)} prompt lengths of a bucket", compiles, 1, "programs", compiles, "<= 1")
+
+
+def to_torch() -> Iterator[Result]:
+    """Bytes that `to_torch` copies, of all bytes."""
+    import jax
+
+    import fmodels as fm
+    from interop import torch as it
+
+    for name in ("llama-50m", "gpt2-small"):
+        config = _config(name)
+        params = fm.init(config, jax.random.key(0))
+        ranges = [(leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes) for leaf in jax.tree.leaves(params)]
+        begin = time.perf_counter()
+        tensors = it.to_torch(params, config)
+        elapsed = time.perf_counter() - begin
+        copied = [n for n, t in tensors.items() if not any(low <= t.data_ptr() < high for low, high in ranges)]
+        # GPT-2's fused projection joins three leaves, which is the one thing that needs new memory.
+        listed = [n for n in copied if n.endswith(("attn.c_attn.weight", "attn.c_attn.bias"))]
+        yield Result(f"to_torch {name}: tensors copied beyond the listed", len(copied) - len(listed), 0, "tensors", len(copied) - len(listed), "<= 0", f"{elapsed * 1e3:.1f} ms, {len(listed)} listed of {len(tensors)}")
+
+
+class _no_compilation_cache:
+    """Compilations inside are real, whatever persistent cache is set."""
+
+    def __enter__(self) -> None:
+        import jax
+
+        self.before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_enable_compilation_cache", False)
+
+    def __exit__(self, *_: object) -> None:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", self.before)
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"bench: a measurement failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
+    "import": import_time,
+    "load": load,
+    "to_torch": to_torch,
+    "compile": compile_time,
+    "encode": encode,
+    "decode": lambda: decode("llama-50m", 1, 2.5),
+    "decode-batch": lambda: decode("llama-50m", 16, 1.3, new_tokens=32),
+    "decode-gpt2": lambda: decode("gpt2-small", 1, 2.0),
+    "decode-0.5b": lambda: decode("qwen2-0.5b-shaped", 1, 2.0, new_tokens=24),
+}
+"""Name -> benchmark."""
+
+
+def machine() -> dict[str, Any]:
+    """What ran: the processor, the number of cores, and versions."""
+    from importlib.metadata import version
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    versions = {name: version(name) for name in ("jax", "torch", "transformers", "numpy")}
+    return {"processor": model, "cores": os.cpu_count(), "threads": THREADS, "python": platform.python_version(), **versions}
+
+
+def run(names: list[str] | None = None) -> Iterator[Result]:
+    """Runs the named benchmarks, all if None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    import torch
+    from tqdm import tqdm
+
+    if unknown := [name for name in names or [] if name not in BENCHES]:
+        raise ValueError(f"bench: unknown {', '.join(unknown)}; one of {', '.join(BENCHES)}")
+    torch.set_num_threads(THREADS)
+    for name in tqdm(names or list(BENCHES), desc="bench", disable=None, leave=False):
+        yield from BENCHES[name]()
+
+
+def table(results: list[Result]) -> str:
+    """The results as a Markdown table."""
+    lines = ["| measured | fmodels | yardstick | unit | ratio | target | |", "|---|---:|---:|---|---:|---|---|"]
+    for r in results:
+        mark = "" if r.good else "missed"
+        lines.append(f"| {r.name} | {r.ours:.4g} | {r.theirs:.4g} | {r.unit} | {r.ratio:.2f} | {r.target} | {'; '.join(filter(None, [mark, r.note]))} |")
+    return "\n".join(lines)
+
+
+def main(names: list[str] | None = None, *, as_json: bool = False, out: str | None = None) -> int:
+    """Runs, prints, and with `out` also writes the JSON; returns 1 if a target was missed."""
+    info = machine()
+    results = list(run(names))
+    data = {"machine": info, "results": [{**r._asdict(), "good": r.good} for r in results]}
+    text = json.dumps(data, indent=2)
+    if out:
+        Path(out).write_text(text + "\n", encoding="utf-8")
+    print(text if as_json else "\n".join(f"{k}: {v}" for k, v in info.items()) + "\n\n" + table(results))
+    return 0 if all(r.good for r in results) else 1

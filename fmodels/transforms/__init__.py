@@ -1,0 +1,1 @@
+"""Transforms of parameter trees: pure, by letter or path of the axes table, the same for all families."""

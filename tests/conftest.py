@@ -1,0 +1,34 @@
+"""What all tests share: strict jax, a compile cache, two torch threads, and the table of families as a fixture."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from tests import families  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(2)
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", params=families.CASES, ids=lambda case: case.name)
+def loaded(request, tmp_path_factory):
+    """Each row of the table: transformers' model, the folder that it saved, and what `fm.load` makes of it."""
+    return families.load(request.param, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory):
+    """`case(name)`: one row of the table, loaded."""
+    return lambda name: families.load(families.by_name(name), tmp_path_factory.getbasetemp())

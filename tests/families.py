@@ -1,0 +1,228 @@
+"""One row a family and variant: a tiny random model of transformers 5, and how to ask it for what `fmodels` computes."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import fmodels as fm
+
+SIZES = {"vocab_size": 61, "initializer_range": 0.2, "pad_token_id": 3}
+GPT2 = SIZES | {"n_positions": 32, "n_embd": 20, "n_layer": 3, "n_head": 4, "n_inner": 37, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
+}  # fmt: skip
+BERT = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "type_vocab_size": 3,
+}  # fmt: skip
+THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        name: the family, then the task, then what is special.
+        architecture: the class in transformers.
+        config: of its config.
+        options: of its constructor.
+        token_types: how many token types to draw from, or None.
+    """
+
+    name: str
+    architecture: str
+    config: dict[str, Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    token_types: int | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def task(self) -> str:
+        return self.name.split("/")[1]
+
+    @property
+    def choices(self) -> int | None:
+        return 3 if self.task in ("multiple-choice", "double-heads") else None
+
+    @property
+    def causal(self) -> bool:
+        return self.family in ("gpt2", "llama") or self.task == "causal-lm"
+
+
+CASES = (
+    Case("gpt2/base", "GPT2Model", GPT2),
+    Case("gpt2/causal-lm", "GPT2LMHeadModel", GPT2),
+    Case(
+        "gpt2/causal-lm/untied", "GPT2LMHeadModel",
+        GPT2 | {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False, "n_inner": None},
+        token_types=61,
+    ),
+    Case("gpt2/double-heads", "GPT2DoubleHeadsModel", GPT2 | {"summary_activation": "tanh", "num_labels": 1}),
+    Case("gpt2/sequence-classification", "GPT2ForSequenceClassification", GPT2 | THREE),
+    Case("gpt2/token-classification", "GPT2ForTokenClassification", GPT2 | THREE | {"activation_function": "gelu"}),
+    Case("gpt2/question-answering", "GPT2ForQuestionAnswering", GPT2),
+    Case("llama/base", "LlamaModel", LLAMA),
+    Case("llama/causal-lm", "LlamaForCausalLM", LLAMA),
+    Case("llama/causal-lm/tied-biases", "LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    Case("llama/causal-lm/one-group", "LlamaForCausalLM", LLAMA | {"num_key_value_heads": 1, "hidden_act": "gelu"}),
+    Case("llama/sequence-classification", "LlamaForSequenceClassification", LLAMA | THREE),
+    Case("llama/token-classification", "LlamaForTokenClassification", LLAMA | THREE),
+    Case("llama/question-answering", "LlamaForQuestionAnswering", LLAMA),
+    Case("bert/base", "BertModel", BERT, token_types=3),
+    Case("bert/base/no-pooler", "BertModel", BERT, {"add_pooling_layer": False}),
+    Case("bert/masked-lm", "BertForMaskedLM", BERT, token_types=3),
+    Case("bert/masked-lm/untied", "BertForMaskedLM", BERT | {"tie_word_embeddings": False, "hidden_act": "gelu_new"}),
+    Case("bert/causal-lm", "BertLMHeadModel", BERT | {"is_decoder": True}),
+    Case("bert/pretraining", "BertForPreTraining", BERT, token_types=3),
+    Case("bert/next-sentence", "BertForNextSentencePrediction", BERT, token_types=3),
+    Case("bert/sequence-classification", "BertForSequenceClassification", BERT | THREE),
+    Case("bert/token-classification", "BertForTokenClassification", BERT | THREE),
+    Case("bert/question-answering", "BertForQuestionAnswering", BERT, token_types=3),
+    Case("bert/multiple-choice", "BertForMultipleChoice", BERT, token_types=3),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Case:
+    """The row with this name."""
+    return next(case for case in CASES if case.name == name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A row of the table, made real."""
+
+    case: Case
+    model: Any
+    folder: Path
+    params: fm.Params
+    config: Any
+
+    @functools.cached_property
+    def unstacked(self) -> fm.Params:
+        return fm.load(self.folder, layers="list")[0]
+
+    @functools.cache
+    def reference(self, padding: str | None = None) -> dict[str, np.ndarray]:
+        """What transformers computes on `inputs(padding)`."""
+        return reference(self.model, self.inputs(padding))
+
+    def inputs(self, padding: str | None = None) -> dict[str, np.ndarray]:
+        """Tokens, mask, positions and token types; `padding` is None, "left" or "right"."""
+        return inputs(self.case, padding)
+
+    def forward(self, padding: str | None = None, *, params: Any = None, config: Any = None, **options: Any) -> fm.Output:
+        """`fm.forward` on the same inputs; positions are left to its default rule."""
+        given = {name: a for name, a in self.inputs(padding).items() if name != "positions"}
+        params, config = self.params if params is None else params, self.config if config is None else config
+        return fm.forward(params, config, **given, **({"hidden_states": True} | options))
+
+
+def build(case: Case) -> Any:
+    """A random model of transformers, norms and biases moved off their initial values, eager attention."""
+    architecture = getattr(transformers, case.architecture)
+    torch.manual_seed(len(case.name))
+    config = architecture.config_class(**case.config, attn_implementation="eager")
+    model = architecture(config, **case.options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@functools.cache
+def load(case: Case, root: Path) -> Loaded:
+    """Builds the row's model, lets transformers save it, and loads it."""
+    folder = root / case.name.replace("/", "-")
+    model = build(case)
+    model.save_pretrained(folder)
+    return Loaded(case, model, folder, *fm.load(folder))
+
+
+def inputs(case: Case, padding: str | None = None, length: int = 7) -> dict[str, np.ndarray]:
+    """Two rows (of three choices, where there are choices), the odd ones padded by three."""
+    random = np.random.default_rng(len(case.name))
+    shape = (2, length) if case.choices is None else (2, case.choices, length)
+    mask = np.ones(shape, np.int32)
+    if padding is not None:
+        mask[..., 1::2, slice(0, 3) if padding == "left" else slice(length - 3, length)] = 0
+    tokens = np.where(mask == 1, random.integers(4, 61, shape), 3).astype(np.int32)
+    given = {"tokens": tokens, "mask": mask, "positions": np.maximum(mask.cumsum(-1) - 1, 0).astype(np.int32)}
+    if case.token_types is not None:
+        given["token_types"] = random.integers(0, case.token_types, shape).astype(np.int32)
+    return given
+
+
+def call(model: Any, given: dict[str, np.ndarray]) -> Any:
+    """transformers' output, with its graph."""
+    tensors = {name: torch.tensor(a, dtype=torch.long) for name, a in given.items()}
+    named = {"input_ids": tensors["tokens"], "attention_mask": tensors["mask"]}
+    if "token_types" in tensors:
+        named["token_type_ids"] = tensors["token_types"]
+    if model.config.model_type != "bert":  # whose positions are columns, whatever the mask
+        named |= {"position_ids": tensors["positions"].flatten(0, -2), "use_cache": False}
+    if type(model).__name__.endswith("DoubleHeadsModel"):
+        columns = torch.arange(named["input_ids"].shape[-1])
+        named["mc_token_ids"] = (columns * named["attention_mask"]).argmax(-1)
+    return model(**named, output_hidden_states=True)
+
+
+def outputs(out: Any) -> dict[str, torch.Tensor]:
+    """transformers' output by the names of `fm.Output`, choices side by side."""
+    found = {"hidden_states": torch.stack([h.reshape(out.hidden_states[0].shape) for h in out.hidden_states])}
+    if "last_hidden_state" in out:
+        found["hidden"] = out.last_hidden_state
+    if out.get("pooler_output") is not None:
+        found["pooled"] = out.pooler_output
+    if "start_logits" in out:
+        found["logits"] = torch.stack([out.start_logits, out.end_logits], -1)
+    for theirs, ours in (
+        ("logits", "logits"), ("prediction_logits", "logits"),
+        ("seq_relationship_logits", "sequence_logits"), ("mc_logits", "sequence_logits"),
+    ):  # fmt: skip
+        if theirs in out:
+            found[ours] = out[theirs]
+    return found
+
+
+def reference(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As numpy arrays, by the names of `fm.Output`."""
+    with torch.no_grad():
+        return {name: a.numpy() for name, a in outputs(call(model, given)).items()}
+
+
+def assert_equal(got: fm.Output, want: dict[str, np.ndarray], mask: np.ndarray, *, causal: bool, bound: float = 1e-5) -> None:
+    """Every field that transformers has, within `bound · max(1, |theirs|)`; at real positions where there are positions.
+
+    Args:
+        got: ours.
+        want: theirs.
+        mask: `(b t)` or `(b n t)`.
+        causal: whether a padded place may see no token at all, so that nothing of it is compared.
+        bound: of the difference.
+    """
+    flat = mask.reshape(-1, mask.shape[-1]).astype(bool)
+    for name, theirs in want.items():
+        ours = getattr(got, name)
+        assert ours is not None, f"{name} is missing"
+        ours = np.asarray(ours)
+        if name == "hidden_states":
+            ours, theirs, where = ours.reshape(theirs.shape), theirs, flat[None, :, :, None]
+        elif ours.ndim > mask.ndim and ours.shape[: mask.ndim] == mask.shape:
+            where = mask.astype(bool)[..., None]
+        else:
+            where = np.ones((1,) * theirs.ndim, bool)
+        assert ours.shape == theirs.shape, f"{name} has shape {ours.shape}, transformers {theirs.shape}"
+        if not causal and name != "hidden_states":
+            where = np.ones((1,) * theirs.ndim, bool)
+        error = np.where(where, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)), 0)
+        assert error.max() <= bound, f"{name} departs by {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"

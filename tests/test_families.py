@@ -1,0 +1,269 @@
+"""The common suite: every family, every head, against transformers 5, eager, float32."""
+
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import fmodels as fm
+from fmodels import nn
+from fmodels.models import FAMILIES, _template
+from tests import families
+
+CAUSAL = [c.name for c in families.CASES if c.task == "causal-lm"]
+PLAIN = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
+
+
+def check_parity(loaded, padding=None, **options):
+    got = loaded.forward(padding, **options)
+    families.assert_equal(got, loaded.reference(padding), loaded.inputs(padding)["mask"], causal=loaded.case.causal)
+
+
+def test_every_task_of_every_family_has_a_row():
+    have = {(case.family, case.task) for case in families.CASES}
+    assert have == {(name, task) for name, family in FAMILIES.items() for task in family.config.ARCHITECTURES}
+    for case in families.CASES:
+        assert FAMILIES[case.family].config.ARCHITECTURES[case.task] == case.architecture
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_outputs_and_hidden_states(loaded, padding):
+    assert loaded.config.task == loaded.case.task
+    assert len(loaded.reference(padding)) >= 2  # something beside the hidden states
+    check_parity(loaded, padding)
+
+
+def test_unstacked(loaded):
+    check_parity(loaded, "left" if loaded.case.causal else "right", params=loaded.unstacked)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_positions_and_boolean_mask(case, name):
+    loaded = case(name)
+    given = loaded.inputs("left")
+    want = loaded.reference("left")["logits"]
+    if loaded.case.family == "bert":  # for BERT these are other positions than the default
+        model, mask = loaded.model, torch.tensor(given["mask"])
+        with torch.no_grad():
+            tokens, positions = (torch.tensor(given[n], dtype=torch.long) for n in ("tokens", "positions"))
+            types = torch.tensor(given["token_types"], dtype=torch.long)
+            want = model(tokens, attention_mask=mask, position_ids=positions, token_type_ids=types).logits.numpy()
+    given["mask"] = given["mask"].astype(bool)
+    got = np.asarray(fm.forward(loaded.params, loaded.config, **given).logits)
+    assert np.abs(got - want)[given["mask"]].max() < 1e-5
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_select(case, name):
+    loaded = case(name)
+    got = loaded.forward("right", select=jnp.array([6, 2]), hidden_states=False).logits
+    assert got.shape == (2, 1, 61)
+    want = loaded.reference("right")["logits"][[0, 1], [6, 2]]
+    assert np.abs(np.asarray(got)[:, 0] - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 7, (4, 2, 1)], ids=["steps", "chunks"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_cached_decode(case, name, chunks):
+    """Against transformers' forward on the whole text, not against ours."""
+    loaded = case(name)
+    given = loaded.inputs("left")
+    given.pop("positions")
+    for params in (loaded.params, loaded.unstacked) if name == "llama/causal-lm" else (loaded.params,):
+        cache, parts, start = fm.init_cache(params, 2, 9), [], 0
+        for width in chunks:
+            part = {name: a[:, start : start + width] for name, a in given.items()}
+            out = fm.forward(params, loaded.config, **part, cache=cache)
+            cache, start = out.cache, start + width
+            parts.append(out.logits)
+        assert int(cache.length) == 7
+        error = np.abs(np.concatenate(parts, 1) - loaded.reference("left")["logits"])
+        assert error[given["mask"].astype(bool)].max() < 1e-5
+
+
+def test_gradients(loaded):
+    """Of a random linear functional of the outputs, mapped to transformers' names."""
+    given, random = loaded.inputs(), np.random.default_rng(0)
+    names = [n for n in loaded.reference() if n != "hidden_states"]
+    weights = {n: random.normal(size=loaded.reference()[n].shape).astype(np.float32) for n in names}
+    model = loaded.model
+    model.zero_grad()
+    theirs = families.outputs(families.call(model, given))
+    sum((theirs[n] * torch.tensor(weights[n])).sum() for n in names).backward()
+
+    def functional(params):
+        out = loaded.forward(params=params)
+        return sum((getattr(out, n) * weights[n]).sum() for n in names)
+
+    ours = fm.to_disk(jax.grad(functional)(loaded.params), loaded.config)
+    want = {n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()}
+    assert ours.keys() == want.keys()
+    for name, gradient in want.items():
+        error = np.abs(np.asarray(ours[name]) - gradient) / np.maximum(1, np.abs(gradient))
+        assert error.max() <= 1e-4, (name, error.max())
+
+
+def test_tree_fits_config(loaded):
+    """`abstract` and `check` agree with what lies on disk; `match_config` leaves a fitting config alone."""
+    fm.check(loaded.params, loaded.config)
+    fm.check(loaded.unstacked, loaded.config)
+    assert fm.match_config(loaded.params, loaded.config) is loaded.config
+    if "no-pooler" not in loaded.case.name and "untied" not in loaded.case.name:
+        chex.assert_trees_all_equal_shapes_and_dtypes(loaded.params, fm.abstract(loaded.config))
+    chex.assert_tree_all_finite(loaded.params)
+    assert sum(a.size for a in jax.tree.leaves(loaded.params)) == sum(p.numel() for p in loaded.model.parameters())
+
+
+def test_init_like_transformers(loaded):
+    """Fresh parameters: the same leaves, and the same spread of each as a fresh model of transformers."""
+    params = fm.init(loaded.config, jax.random.key(0))
+    fm.check(params, loaded.config)
+    again = type(loaded.model)(loaded.model.config, **loaded.case.options)
+    theirs = {name: p.detach().numpy() for name, p in again.named_parameters()}
+    for name, ours in fm.to_disk(params, loaded.config).items():
+        if name in theirs and theirs[name].size >= 100:
+            assert np.std(ours) == pytest.approx(np.std(theirs[name]), rel=0.3, abs=1e-6), name
+            assert np.mean(ours) == pytest.approx(np.mean(theirs[name]), abs=0.1), name
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_vmap_jit_and_grad_compose(case, name):
+    loaded = case(name)
+    given = loaded.inputs()
+    given.pop("positions")
+
+    @jax.jit
+    def rows(params, given):
+        return jax.vmap(lambda row: fm.forward(params, loaded.config, **{n: a[None] for n, a in row.items()}).logits[0])(given)
+
+    got = np.asarray(rows(loaded.params, given))
+    assert np.abs(got - loaded.reference()["logits"]).max() < 1e-5
+    chex.assert_shape(got, (2, 7, 61))
+    per_example = jax.vmap(
+        jax.grad(lambda p, t: fm.forward(p, loaded.config, t[None]).logits.sum()), in_axes=(None, 0)
+    )(loaded.params, given["tokens"])
+    chex.assert_tree_shape_prefix(per_example, (2,))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_traced_once(case, name, monkeypatch):
+    """Calls with other values, another mask type, and an equal config from elsewhere do not compile again."""
+    loaded = case(name)
+    family = FAMILIES[loaded.case.family]
+    config = dataclasses.replace(loaded.config, bos_token_id=60)  # a config of this test's own
+    counted = chex.assert_max_traces(family.forward, n=1)
+    monkeypatch.setitem(FAMILIES, loaded.case.family, family._replace(forward=counted))
+    tokens = loaded.inputs()["tokens"]
+    for i in range(3):
+        mask = np.ones((2, 7), [bool, np.int32, np.float32][i])
+        fm.forward(loaded.params, dataclasses.replace(config), jnp.asarray((tokens + i) % 61), mask=mask)
+    with pytest.raises(AssertionError, match="traced"):
+        fm.forward(loaded.params, config, tokens[:, :6], mask=np.ones((2, 6), bool))
+    chex.clear_trace_counter()
+
+
+def interleaved(x, tables):
+    """The other pairing of rotary embeddings, `(x[2i], x[2i+1])`: GPT-J's, wrong for Llama."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = x[..., ::2], x[..., 1::2]
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], -1).reshape(x.shape)
+
+
+MUTATIONS = {
+    "wrong eps gpt2": ("gpt2/causal-lm", {"norm_eps": 1e-6}, None),
+    "wrong eps llama": ("llama/causal-lm", {"norm_eps": 1e-5}, None),
+    "wrong eps bert": ("bert/masked-lm", {"norm_eps": 1e-5}, None),
+    "wrong gelu": ("bert/masked-lm", {"activation": "gelu_new"}, None),
+    "wrong gelu gpt2": ("gpt2/causal-lm", {"activation": "gelu"}, None),
+    "no query bias": ("llama/causal-lm/tied-biases", {}, "layers.attention.query.bias"),
+    "no output bias": ("gpt2/causal-lm", {}, "layers.attention.output.bias"),
+    "no mlp bias": ("bert/masked-lm", {}, "layers.mlp.up.bias"),
+    "no norm bias": ("gpt2/causal-lm", {}, "final_norm.bias"),
+    "no head bias": ("bert/masked-lm", {}, "lm_head.bias"),
+    "scale by layer": ("gpt2/causal-lm", {"scale_attention_by_inverse_layer": True}, None),
+    "not causal": ("bert/causal-lm", {"causal": False}, None),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_mutation_fails(case, mutation):
+    name, changes, removed = MUTATIONS[mutation]
+    loaded = case(name)
+    params = loaded.params if removed is None else fm.tree.remove(loaded.params, removed)
+    with pytest.raises(AssertionError, match="departs"):
+        check_parity(loaded, params=params, config=dataclasses.replace(loaded.config, **changes))
+
+
+def test_swapped_rope_pairing_fails(case, monkeypatch):
+    loaded = case("llama/causal-lm")
+    monkeypatch.setattr(nn.attention, "rotate", interleaved)
+    config = dataclasses.replace(loaded.config, bos_token_id=59)  # not the compiled one
+    with pytest.raises(AssertionError, match="departs"):
+        check_parity(loaded, config=config)
+
+
+def test_bfloat16_runs_in_bfloat16(case):
+    """Hidden states stay in the parameters' dtype, logits are float32, and both are near transformers' bfloat16."""
+    loaded = case("llama/causal-lm")
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), loaded.params)
+    out = loaded.forward(params=params)
+    assert out.hidden.dtype == jnp.bfloat16
+    assert out.logits.dtype == jnp.float32
+    error = np.abs(np.asarray(out.logits) - loaded.reference()["logits"])
+    assert 1e-4 < error.max() < 0.5
+
+
+def template_reference(tensors, config, tokens):
+    """`models/_template.py` written again, in torch, from the tensors on disk."""
+    w = {name: torch.tensor(np.asarray(a)) for name, a in tensors.items()}
+    functional = torch.nn.functional
+    b, t = tokens.shape
+    d, h = config.hidden_size, config.num_heads
+
+    def norm(x, name):
+        return functional.layer_norm(x, (d,), w[f"{name}.weight"], w[f"{name}.bias"], config.norm_eps)
+
+    def split(x):
+        return x.view(b, t, h, -1).transpose(1, 2)
+
+    x = w["model.embed_tokens.weight"][torch.tensor(tokens)] + w["model.embed_positions.weight"][:t]
+    for i in range(config.num_layers):
+        p = f"model.layers.{i}"
+        y = norm(x, f"{p}.norm_1")
+        key, value = (y @ w[f"{p}.attention.kv_proj.weight"].T).chunk(2, -1)
+        query = y @ w[f"{p}.attention.q_proj.weight"].T
+        scores = split(query) @ split(key).transpose(2, 3) / math.sqrt(d // h)
+        scores = scores.masked_fill(torch.ones(t, t).triu(1).bool(), -math.inf)
+        y = (scores.softmax(-1) @ split(value)).transpose(1, 2).reshape(b, t, d)
+        x = x + y @ w[f"{p}.attention.o_proj.weight"].T
+        y = functional.gelu(norm(x, f"{p}.norm_2") @ w[f"{p}.mlp.up.weight"].T)
+        x = x + y @ w[f"{p}.mlp.down.weight"].T
+    return (norm(x, "model.norm") @ w["model.embed_tokens.weight"].T).numpy()
+
+
+def test_template(monkeypatch, tmp_path):
+    """The skeleton is a whole family: init, forward, cache, round trip, save and load."""
+    assert "template" not in FAMILIES
+    monkeypatch.setitem(FAMILIES, "template", _template.FAMILY)
+    config = _template.Config(task="causal-lm", initializer_range=0.3, hidden_size=24, head_dim=6)
+    params = fm.init(config, jax.random.key(1))
+    tensors = fm.to_disk(params, config)
+    assert tensors["model.layers.1.attention.kv_proj.weight"].shape == (48, 24)
+    chex.assert_trees_all_equal(fm.from_disk(tensors, config), params)
+    tokens = np.random.default_rng(0).integers(0, 128, (2, 6))
+    want = template_reference(tensors, config, tokens)
+    assert np.abs(np.asarray(fm.forward(params, config, tokens).logits) - want).max() < 1e-5
+    cache = fm.init_cache(params, 2, 6)
+    for i in range(0, 6, 3):
+        out = fm.forward(params, config, tokens[:, i : i + 3], cache=cache)
+        cache = out.cache
+        assert np.abs(np.asarray(out.logits) - want[:, i : i + 3]).max() < 1e-5
+    fm.save(params, config, tmp_path)
+    again, read = fm.load(tmp_path)
+    assert dataclasses.replace(read, extra=config.extra) == config
+    chex.assert_trees_all_equal(again, params)

@@ -1,0 +1,245 @@
+"""From folder to tree to folder: bytes, names, dtypes, heads, prefixes; transformers is the judge on both sides."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+import transformers
+
+import fmodels as fm
+from tests import families
+
+GOLDENS = Path(__file__).parent / "goldens"
+PLAIN = ["gpt2/causal-lm", "llama/causal-lm/tied-biases", "bert/masked-lm/untied", "bert/pretraining"]
+
+
+def stored(folder):
+    """Name -> (dtype, shape, bytes) of every tensor of a folder, read by the safetensors package or by torch."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        found |= safetensors.torch.load_file(path)
+    for path in sorted(Path(folder).glob("*.bin")):
+        found |= torch.load(path, weights_only=True)
+    return {n: (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()) for n, t in found.items()}
+
+
+def transformers_loads(folder, loaded, caplog, *, exact=True):
+    """`from_pretrained` on a folder of ours: nothing missing, nothing unexpected, no warning, the same numbers."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    caplog.clear()
+    try:
+        model, info = type(loaded.model).from_pretrained(
+            folder, output_loading_info=True, attn_implementation="eager", dtype="auto", **loaded.case.options
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not any(info.values()), info
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
+    want = loaded.model.state_dict()
+    assert model.state_dict().keys() == want.keys()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+    if exact:
+        got = families.reference(model, loaded.inputs("left"))
+        chex.assert_trees_all_equal(got, loaded.reference("left"))
+    return model
+
+
+def test_round_trip(loaded, tmp_path, caplog):
+    """`load` then `save` gives the bytes that transformers saved, and a folder that it loads."""
+    fm.save(loaded.params, loaded.config, tmp_path)
+    assert stored(tmp_path) == stored(loaded.folder)
+    transformers_loads(tmp_path, loaded, caplog)
+    again, config = fm.load(tmp_path)
+    assert dataclasses.replace(config, extra=loaded.config.extra) == loaded.config
+    chex.assert_trees_all_equal(again, loaded.params)
+    chex.assert_trees_all_equal(fm.load(tmp_path, layers="list")[0], loaded.unstacked)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("options", [{"format": "torch"}, {"max_shard_size": "5KB"}, {"format": "torch", "max_shard_size": "5KB"}], ids=str)
+def test_round_trip_of_formats(case, name, options, tmp_path, caplog):
+    loaded = case(name)
+    fm.save(loaded.unstacked, loaded.config, tmp_path, **options)
+    assert stored(tmp_path) == stored(loaded.folder)
+    assert (len(list(tmp_path.glob("*-of-*"))) > 2) == ("max_shard_size" in options)
+    transformers_loads(tmp_path, loaded, caplog, exact=False)
+    chex.assert_trees_all_equal(fm.load(tmp_path)[0], loaded.params)
+    fm.save(loaded.params, loaded.config, tmp_path)  # shards and the other format go
+    assert not list(tmp_path.glob("*-of-*"))
+    assert stored(tmp_path) == stored(loaded.folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PLAIN[:2])
+def test_dtypes_are_kept(case, name, dtype, tmp_path, caplog):
+    model = families.build(families.by_name(name)).to(dtype)
+    model.save_pretrained(tmp_path / "theirs")
+    params, config = fm.load(tmp_path / "theirs")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {str(dtype).removeprefix("torch.")}
+    fm.save(params, config, tmp_path / "ours")
+    assert stored(tmp_path / "ours") == stored(tmp_path / "theirs")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").dtype == dtype
+    loaded = dataclasses.replace(case(name), model=model, folder=tmp_path / "theirs")
+    transformers_loads(tmp_path / "ours", loaded, caplog, exact=False)
+    wide, _ = fm.load(tmp_path / "theirs", dtype="float32")
+    want = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    for tensor, array in fm.to_disk(wide, config, tied=True).items():
+        assert array.dtype == np.float32
+        assert np.array_equal(array, want[tensor])
+
+
+def test_unstacked_load_is_a_view(case):
+    """On CPU, leaves of a list load lie in the mapped file as they are, in order."""
+    loaded = case("llama/causal-lm")
+    query = loaded.model.state_dict()["model.layers.1.self_attn.q_proj.weight"].numpy()
+    assert isinstance(loaded.unstacked["layers"], tuple)
+    assert np.array_equal(loaded.unstacked["layers"][1]["attention"]["query"]["weight"].reshape(60, 24), query)
+    assert np.array_equal(loaded.params["layers"]["attention"]["query"]["weight"][1].reshape(60, 24), query)
+
+
+BASES = [
+    ("gpt2/base", "gpt2/causal-lm", {}), ("llama/base", "llama/sequence-classification", families.THREE),
+    ("bert/base", "bert/token-classification", families.THREE), ("bert/base", "bert/next-sentence", {}),
+    ("gpt2/base", "gpt2/double-heads", {}), ("bert/base/no-pooler", "bert/question-answering", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "head", "labels"), BASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_head_on_a_base_checkpoint(case, base, head, labels, tmp_path):
+    """The prefix is put on; the head is new, drawn from `key`, and everything below is as transformers loads it."""
+    loaded, wanted = case(base), families.by_name(head)
+    shutil.copytree(loaded.folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | labels))
+    if wanted.task not in ("causal-lm",):  # whose head is tied, so that nothing is missing
+        with pytest.raises(ValueError, match=r"missing '.*\.weight'(.|\n)*key=jax.random.key"):
+            fm.load(tmp_path / "m", task=wanted.task)
+    params, config = fm.load(tmp_path / "m", task=wanted.task, key=jax.random.key(0))
+    fm.check(params, config)
+    other, _ = fm.load(tmp_path / "m", task=wanted.task, key=jax.random.key(1))
+    if wanted.task not in ("causal-lm",):
+        assert not np.array_equal(params["classifier"]["weight"], other["classifier"]["weight"])
+        assert params["classifier"]["weight"].std() == pytest.approx(0.2, rel=0.6)
+    chex.assert_trees_all_equal({**params, "classifier": 0}, {**other, "classifier": 0})
+    fm.save(params, config, tmp_path / "saved")
+    model, info = getattr(transformers, wanted.architecture).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), info
+    below = model.base_model.state_dict()
+    for name, tensor in loaded.model.state_dict().items():
+        if name in below:
+            assert torch.equal(below[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["gpt2/causal-lm", "llama/question-answering", "bert/pretraining", "bert/sequence-classification"])
+def test_base_of_a_head_checkpoint(case, name, tmp_path, caplog):
+    """The prefix is taken off, the head is left out with a word, and the hidden states are transformers' own."""
+    loaded = case(name)
+    params, config = fm.load(loaded.folder, task="base")
+    assert config.task == "base"
+    assert ("left out" in caplog.text) == (name != "gpt2/causal-lm")
+    given = loaded.inputs()
+    given.pop("positions")
+    hidden = fm.forward(params, config, **given).hidden
+    assert np.abs(np.asarray(hidden) - loaded.reference()["hidden_states"][-1]).max() < 1e-5
+    fm.save(params, config, tmp_path)
+    want = loaded.model.base_model.state_dict()
+    assert stored(tmp_path).keys() == want.keys()
+    assert type(transformers.AutoModel.from_pretrained(tmp_path)) is type(loaded.model.base_model)
+
+
+def test_task_goes_before_architectures(case):
+    folder = case("bert/pretraining").folder
+    assert fm.load(folder)[1].task == "pretraining"
+    params, config = fm.load(folder, task="masked-lm")
+    assert config.task == "masked-lm"
+    assert "classifier" not in params
+    assert "pooler" not in params
+    assert fm.load(folder, task="next-sentence")[1].task == "next-sentence"
+    with pytest.raises(ValueError, match="'cat' is not one of"):
+        fm.load(folder, task="cat")
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+@pytest.mark.parametrize("task", [None, "base", "pretraining"])
+def test_old_names(container, task, tmp_path):
+    """A BERT of 2018 in a `pytorch_model.bin`: gamma and beta, position_ids, no decoder bias; numbers by transformers 4."""
+    want = np.load(GOLDENS / "old_names" / "expected.npz")
+    params, config = fm.load(GOLDENS / "old_names" / container, task=task)
+    assert config.task == (task or "masked-lm")
+    out = fm.forward(params, config, want["tokens"], mask=want["mask"], token_types=want["token_types"])
+    fields = {None: ["logits", "hidden"], "base": ["hidden", "pooled"], "pretraining": ["logits", "sequence_logits", "hidden"]}
+    for field in fields[task]:
+        got = np.asarray(getattr(out, field))
+        assert (np.abs(got - want[field]) / np.maximum(1, np.abs(want[field]))).max() < 1e-5
+    fm.save(params, config, tmp_path)
+    assert not any("gamma" in name or "position_ids" in name for name in stored(tmp_path))
+    _, info = getattr(transformers, config.ARCHITECTURES[config.task]).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_tied_head_that_differs_is_loaded_untied(case, tmp_path, caplog):
+    """As transformers 5 does when config.json says tied and the file has another head."""
+    loaded = case("llama/causal-lm")
+    shutil.copytree(loaded.folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    params, config = fm.load(tmp_path / "m")
+    assert "untied" in caplog.text
+    assert config.tie_word_embeddings is False
+    chex.assert_trees_all_equal(params, loaded.params)
+    same = safetensors.numpy.load_file(loaded.folder / "model.safetensors")
+    same["lm_head.weight"] = same["model.embed_tokens.weight"].copy()
+    safetensors.numpy.save_file(same, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    params, config = fm.load(tmp_path / "m")
+    assert config.tie_word_embeddings is True
+    assert "lm_head" not in params
+
+
+def test_other_files_stay(case, tmp_path):
+    loaded = case("gpt2/causal-lm")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "README.md").write_text("mine")
+    fm.save(loaded.params, loaded.config, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_state_dicts(loaded):
+    """`from_disk` takes a state dict with its tied duplicates; `to_disk(tied=True)` gives all of it back."""
+    theirs = {name: tensor.numpy() for name, tensor in loaded.model.state_dict().items()}
+    params = fm.from_disk(theirs, loaded.config)
+    chex.assert_trees_all_equal(params, loaded.params)
+    back = fm.to_disk(params, loaded.config, tied=True)
+    assert back.keys() == theirs.keys()
+    assert all(np.array_equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_config_json_is_read_back(loaded, tmp_path):
+    """Every field survives `to_hf` and transformers' own config class, which knows all keys that we write."""
+    data = json.loads(json.dumps(loaded.config.to_hf()))
+    assert type(loaded.config).from_hf(data) == loaded.config
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    assert dataclasses.replace(fm.load_config(tmp_path), extra=()) == dataclasses.replace(loaded.config, extra=())
+    want = loaded.model.config.to_dict()
+    assert {k: v for k, v in theirs.to_dict().items() if k in want and k not in ("dtype", "transformers_version")} == {
+        k: v for k, v in want.items() if k not in ("dtype", "transformers_version")
+    }
+
+
+def test_new_head_takes_the_dtype_on_disk(case, tmp_path):
+    families.build(families.by_name("llama/base")).to(torch.bfloat16).save_pretrained(tmp_path)
+    params, _ = fm.load(tmp_path, task="token-classification", key=jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}

@@ -1,0 +1,181 @@
+"""The axes table: complete, and enough for abstract trees, checks, sizes and sharding."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import fmodels as fm
+from fmodels import schema, tree
+from fmodels.models import FAMILIES, _template
+
+
+def test_table_is_complete_and_small():
+    """Every leaf of every family is in it, nothing else is, and every letter has its line in the legend."""
+    rules = [rule for family in [*FAMILIES.values(), _template.FAMILY] for rule in family.weights.rules]
+    leaves = {leaf for rule in rules for leaf in rule.leaves}
+    assert leaves == set(schema.AXES)
+    assert {letter for axes in schema.AXES.values() for letter in axes.split()} <= set(schema.LETTERS)
+    assert {letter for axes in schema.AXES.values() for letter in axes.split()} == set(schema.SIZES)
+    assert len(schema.AXES) < 50
+    for path, axes in schema.AXES.items():
+        assert axes.startswith("l ") == path.startswith("layers.")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), _template.FAMILY], ids=lambda f: f.config.model_type)
+def test_disk_layouts_use_the_letters_of_the_table(family):
+    """Each layout names each axis of its leaf once, so that the map can be inverted."""
+    for rule in family.weights.rules:
+        for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
+            assert sorted("".join(groups)) == sorted(letter for letter in schema.axes(leaf) if letter != "l"), rule.name
+
+
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
+    "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0",
+    "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+GPT2_XL = {
+    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+    "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48, "n_positions": 1024, "output_past": True, "resid_pdrop": 0.1,
+    "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+    "summary_use_proj": True, "vocab_size": 50257,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}  # fmt: skip
+BERT_LARGE = {
+    "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False, "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1, "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 4096,
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 16,
+    "num_hidden_layers": 24, "pad_token_id": 0, "position_embedding_type": "absolute", "type_vocab_size": 2, "use_cache": True,
+    "vocab_size": 30522,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [(LLAMA_2_7B, 6738415616), (LLAMA_3_1_8B, 8030261248), (GPT2_XL, 1557611200), (BERT_LARGE, 335141888)],
+    ids=["llama-2-7b", "llama-3.1-8b", "gpt2-xl", "bert-large"],
+)
+def test_published_configs_have_their_published_size(data, count):
+    config = FAMILIES[data["model_type"]].config.from_hf(data)
+    shapes = fm.abstract(config)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+    fm.check(shapes, config)
+
+
+def test_check_lists_everything():
+    config = fm.models.gpt2.Config(task="causal-lm")
+    params = fm.abstract(config)
+    fm.check(params, config)
+    broken = tree.update(params, {"embed.tokens": jax.ShapeDtypeStruct((7, 768), "float32"), "lm_head.bias": params["embed"]["tokens"]})
+    broken = tree.remove(broken, "final_norm.scale")
+    with pytest.raises(ValueError, match="3 problems") as error:
+        fm.check(broken, config)
+    for words in ("missing 'final_norm.scale'", "unexpected 'lm_head.bias'", "'embed.tokens' has shape (7, 768)", "(v d) = (50257, 768)"):
+        assert words in str(error.value)
+    fixed = fm.match_config(tree.update(params, {"embed.tokens": jax.ShapeDtypeStruct((7, 768), "float32")}), config)
+    assert fixed == dataclasses.replace(config, vocab_size=7)
+
+
+def test_unknown_leaf():
+    with pytest.raises(KeyError, match="'layers.glue' is not in the table of axes"):
+        schema.axes("layers.glue")
+
+
+def test_map_axes_is_by_letter():
+    config = fm.models.bert.Config(task="masked-lm", tie_word_embeddings=False)
+    touched = []
+    schema.map_axes(lambda path, leaf, axis: touched.append((path, leaf.shape[axis])) or leaf, fm.abstract(config), "v")
+    assert dict(touched) == {"embed.tokens": 30522, "lm_head.weight": 30522, "lm_head.bias": 30522}
+
+
+def test_sizes_measured_from_arrays(loaded):
+    """Letter by letter, the arrays agree with transformers' own config."""
+    found, theirs = schema.measured(loaded.params), loaded.model.config
+    assert found["d"] == {theirs.hidden_size}
+    assert found["v"] == {theirs.vocab_size}
+    assert found["h"] == {theirs.num_attention_heads}
+    assert found["l"] == {theirs.num_hidden_layers} == schema.measured(loaded.unstacked)["l"]
+    assert found["g"] == {getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)}
+
+
+def test_partition_specs():
+    specs = fm.partition_specs(fm.abstract(fm.models.llama.Config()), {"h": "model", "g": "model", "f": "model", "v": "model", "d": "data"})
+    assert specs["layers"]["attention"]["query"]["weight"] == PartitionSpec(None, "model", None, "data")
+    assert specs["layers"]["attention"]["output"]["weight"] == PartitionSpec(None, "data", "model", None)
+    assert specs["embed"]["tokens"] == PartitionSpec("model", "data")
+    assert specs["final_norm"]["scale"] == PartitionSpec("data")
+    square = fm.partition_specs({"pooler": {"weight": jax.ShapeDtypeStruct((4, 4), "float32")}}, {"d": "data"})
+    assert square["pooler"]["weight"] == PartitionSpec("data", None)  # a mesh axis once per leaf
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import fmodels as fm
+
+folder, inputs, out = sys.argv[1:]
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+given = dict(np.load(inputs))
+results = {}
+for layers in ("stacked", "list"):
+    params, config = fm.load(folder, layers=layers)
+    specs = fm.partition_specs(params, {"h": "model", "f": "model", "v": "model", "d": "data"})
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    sharding = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    sharded, _ = fm.load(folder, layers=layers, sharding=sharding)
+    query = fm.tree.flatten(sharded)["layers.attention.query.weight" if layers == "stacked" else "layers.0.attention.query.weight"]
+    assert len(query.sharding.device_set) == 8 and query.addressable_shards[0].data.size * 8 == query.size, query.sharding
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(sharded), strict=True):
+        assert np.array_equal(one, two)
+    tokens = jax.device_put(given["tokens"], NamedSharding(mesh, PartitionSpec("data")))
+    results[layers] = fm.forward(sharded, config, tokens, mask=given["mask"]).logits
+whole, config = fm.load(folder, sharding=NamedSharding(mesh, PartitionSpec()))
+results["replicated"] = fm.forward(whole, config, given["tokens"], mask=given["mask"]).logits
+assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
+np.savez(out, **{name: np.asarray(a) for name, a in results.items()})
+"""
+
+
+def test_sharded_on_eight_devices(tmp_path, monkeypatch):
+    """`load(sharding=…)` places each leaf by its letters; the logits are transformers' still."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=4, n_inner=32, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 6))
+    np.savez(tmp_path / "in.npz", tokens=tokens, mask=np.ones_like(tokens))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "m"), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        want = model(torch.tensor(tokens)).logits.numpy()
+    for name, got in np.load(tmp_path / "out.npz").items():
+        assert np.abs(got - want).max() < 1e-5, name
