@@ -90,9 +90,11 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
-    tokens = jnp.asarray(tokens)
+    if tokens is None:
+        raise ValueError(f"forward: {config.model_type} needs tokens, (b t) integers; got None")
+    tokens = _as_array("tokens", tokens)
     inputs = {"mask": mask, "positions": positions, "token_types": token_types}
-    arrays = {name: None if a is None else jnp.asarray(a) for name, a in inputs.items()}
+    arrays = {name: None if a is None else _as_array(name, a) for name, a in inputs.items()}
     _check_inputs(params, config, tokens, arrays, cache)
     lead = tokens.shape[:-1]
     if len(lead) == 2:
@@ -134,6 +136,8 @@ def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[st
     problems += [
         f"{name} has shape {a.shape}, tokens have {tokens.shape}" for name, a in arrays.items() if a is not None and a.shape != tokens.shape
     ]
+    numbers = [name for name in ("positions", "token_types") if not _is_integer(arrays[name])]
+    problems += [f"{name} are integers; got {getattr(arrays[name], 'dtype', None)}" for name in numbers]
     embed = params["embed"]
     vocab = embed["tokens"].shape[0]
     problems += _outside("tokens", tokens, vocab, "the vocabulary; see resize_embeddings")
@@ -143,15 +147,39 @@ def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[st
         table = embed["positions"].shape[0]
         if arrays["positions"] is not None:
             problems += _outside("positions", arrays["positions"], table, "the table of positions")
-        # Under `jax.export` a length may be a symbol, which cannot be compared.
-        elif isinstance(length := tokens.shape[-1], int) and length > table and (config.model_type == "bert" or arrays["mask"] is None):
+        elif (length := _longest(config, tokens, arrays["mask"], cache)) > table:
             problems.append(f"{length} tokens are more than the {table} positions of this model")
+    if cache is not None and cache.mask.shape[0] != tokens.size // tokens.shape[-1]:
+        problems.append(f"the cache has {cache.mask.shape[0]} rows, tokens have shape {tokens.shape}")
     if cache is not None and not isinstance(cache.length, jax.core.Tracer):
         used, slots = int(cache.length), cache.mask.shape[1]
         if used + tokens.shape[-1] > slots:
             problems.append(f"the cache has {slots} slots, {used} are taken, and {tokens.shape[-1]} tokens came")
     if problems:
         raise ValueError("forward: " + "; ".join(problems))
+
+
+def _as_array(name: str, value: Any) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"forward: {name} are an array of integers; got {type(value).__name__} ({error})") from None
+
+
+def _is_integer(array: Array | None) -> bool:
+    return array is None or jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _longest(config: Config, tokens: Array, mask: Array | None, cache: Cache | None) -> int:
+    """How many positions the longest row takes, its cached tokens included; as far as it is known outside of `jit`."""
+    if not isinstance(tokens.shape[-1], int):  # a symbol, under `jax.export`
+        return 0
+    if isinstance(mask, jax.core.Tracer) or (cache is not None and isinstance(cache.length, jax.core.Tracer)):
+        return tokens.shape[-1] if config.model_type == "bert" else 0
+    if config.model_type == "bert":
+        return tokens.shape[-1] + (0 if cache is None else int(cache.length))
+    real = np.full(1, tokens.shape[-1]) if mask is None else (np.asarray(mask) != 0).sum(-1)
+    return int((real if cache is None else real + np.asarray(cache.mask).sum(-1)).max())
 
 
 def _outside(name: str, values: Array, size: int, what: str) -> list[str]:

@@ -113,6 +113,7 @@ def load(
         ('llama', 'causal-lm', 'bfloat16')
     """
     stacked = layout.check_layers(layers)
+    _check_dtype(dtype)
     folder = hub.resolve(
         source, revision=revision, subfolder=subfolder, variant=variant, cache_dir=cache_dir, token=token,
         local_files_only=local_files_only,
@@ -148,6 +149,15 @@ def _untie_if_different(config: Config, tensors: Mapping[str, Tensor]) -> tuple[
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.array().view(np.uint8), b.array().view(np.uint8))
+
+
+def _check_dtype(dtype: Any) -> None:
+    try:
+        floating = dtype is None or jnp.issubdtype(np.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"load: expected a floating dtype such as 'bfloat16', got {dtype!r}")
 
 
 def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: Any) -> None:

@@ -388,7 +388,8 @@ def _generate(args: argparse.Namespace) -> int:
     for i, row in enumerate(rows):  # on the left, so that new tokens follow at once
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
     call: dict[str, Any] = {
-        "mask": mask, "max_new_tokens": args.max_new_tokens, "key": jax.random.key(args.seed), "options": GenerationConfig(**options),
+        "mask": mask, "max_new_tokens": args.max_new_tokens, "key": jax.random.key(args.seed),
+        "options": GenerationConfig(**options),
     }  # fmt: skip
     if len(rows) == 1 and not args.json:
         _stream(stream(params, config, tokens, **call), rows[0], tokenizer)
@@ -419,7 +420,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _stream(steps: Iterator[Any], prompt: Sequence[int], tokenizer: Any) -> None:
-    """Prints the prompt, and tokens as they come; a character that takes several tokens is held back until it is whole."""
+    """Prints the prompt, then tokens as they come; characters of several tokens are held back until they are whole."""
     if tokenizer is None:
         print(",".join(map(str, prompt)), end="", flush=True)
         for step in steps:
@@ -602,13 +603,13 @@ def _prune(args: argparse.Namespace) -> int:
         raise ValueError('give --heads "0:1,3;2:0", or --count N with --text FILE')
     if args.count is not None and args.text is None:
         raise ValueError("--count needs --text FILE, to see which heads matter")
-    heads = None if args.heads is None else parse_heads(args.heads)
+    heads = {} if args.heads is None else parse_heads(args.heads)
     source = _resolve(args)
     with _new_folder(source, args.dest) as stage:
         params, config = load(source)
         losses: dict[str, float] = {}
         rows, count = ([], 0) if args.text is None else _read_text(args, source, config)
-        if heads is None and args.count is not None:
+        if args.count is not None:
             heads = least_important_heads(text_importance(cast(params, "float32"), config, rows), config, args.count)
         pruned, after = (mask_heads(params, config, heads), config) if args.mask else prune_heads(params, config, heads)
         if rows:
@@ -618,7 +619,8 @@ def _prune(args: argparse.Namespace) -> int:
             }
         copied = _save(pruned, after, source, stage, args)
     result = {
-        "source": str(source), "dest": str(args.dest), "heads": {layer: sorted(gone) for layer, gone in sorted(heads.items())},
+        "source": str(source), "dest": str(args.dest),
+        "heads": {layer: sorted(gone) for layer, gone in sorted(heads.items())},
         "masked": args.mask, "parameters_before": num_parameters(params), "parameters_after": num_parameters(pruned),
         "bits_per_byte": losses, "copied": copied,
     }  # fmt: skip
@@ -725,7 +727,8 @@ def _push(args: argparse.Namespace) -> int:
     tensors, _ = read_folder(args.folder)  # what cannot be loaded again is not worth a push
     layout.plan({name: tensor.shape for name, tensor in tensors.items()}, load_config(args.folder), what="push")
     url = hub.push(
-        args.folder, args.repo_id, token=args.token, private=args.private, revision=args.revision, create_pr=args.create_pr,
+        args.folder, args.repo_id, token=args.token, private=args.private, revision=args.revision,
+        create_pr=args.create_pr,
         commit_message=args.message,
     )  # fmt: skip
     _print_json({"url": url}) if args.json else print(url)

@@ -1,4 +1,4 @@
-"""The demo: the whole road once, on the checkpoint that comes with fmodels. Every number is measured when it is printed."""
+"""The demo: the whole road once, on the checkpoint that comes with fmodels; every number is measured as it runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEW_TOKENS = 72
 NEW_WORDS = 10
 HEADS = 8
 WINDOW = 256
-PARTS = {"scores": slice(0, 12), "measures": slice(12, None)}
+PARTS = {"scores": slice(0, 8), "measures": slice(8, 48)}
 """Which windows of the held-out text choose the heads, and which measure every loss."""
 
 
@@ -53,17 +53,18 @@ def main(*, out: Path | None = None) -> int:
     steps = _Steps()
     params, config = steps.run("load", _load)
     tokenizer = read_tokenizer(assets.TINY_LLAMA)
-    steps.run("generate", _generate, params, config, tokenizer)
+    single = cast(params, "float32")
+    greedy = steps.run("generate", _generate, single, config, tokenizer)
     text = (assets.TINY_LLAMA.parent / "heldout.txt").read_text(encoding="utf-8")
     held = _Held(tokenizer, text, WINDOW)
-    single = cast(params, "float32")
     before = steps.run("held-out loss", _loss, single, config, held)
-    steps.run("resize the vocabulary", _resize, params, config, held, before)
-    steps.run("prune the heads that matter least", _prune, single, config, held, before)
-    good, converted = steps.run("to PyTorch and TensorFlow, and back", _convert, params, config)
+    good = steps.run("resize the vocabulary", _resize, params, config, held, before)
+    good &= steps.run("prune the heads that matter least", _prune, single, config, held, before)
+    exact, converted = steps.run("to PyTorch and TensorFlow, and back", _convert, params, config)
+    good &= exact
     with tempfile.TemporaryDirectory(prefix="fmodels-demo-") as temporary:
         folder = Path(temporary) / "tiny-llama" if out is None else out
-        good &= steps.run("save, and read by transformers", _save, converted, config, folder, tokenizer)
+        good &= steps.run("save, and read by transformers", _save, converted, config, folder, greedy)
         good &= steps.run("certificate of what was saved", _certify, folder)
     print(
         f"\n{'everything that must be exact is exact' if good else 'FAILED: see above'}; {steps.seconds():.0f} s in all"
@@ -77,7 +78,8 @@ class _Steps:
     def __init__(self) -> None:
         self.start, self.count = time.monotonic(), 0
         print(
-            f"fmodels {fmodels.__version__}, jax {jax.__version__} on {jax.devices()[0].platform}, {os.cpu_count()} cores"
+            f"fmodels {fmodels.__version__}, jax {jax.__version__} "
+            f"on {jax.devices()[0].platform}, {os.cpu_count()} cores"
         )
 
     def seconds(self) -> float:
@@ -120,42 +122,50 @@ def _load() -> tuple[Params, Config]:
     return params, config
 
 
-def _generate(params: Params, config: Config, tokenizer: Any) -> None:
-    tokens = [tokenizer.encode(PROMPT).ids]
+def _generate(params: Params, config: Config, tokenizer: Any) -> list[int]:
+    rows = {
+        "greedy": GenerationConfig(do_sample=False),
+        "sampled, temperature 0.8, top_p 0.95, key 0": GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95),
+    }
+    tokens = [tokenizer.encode(PROMPT).ids] * len(rows)
     layers = unstack_layers(params)
-    sampling = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95)
-    for name, options in (("greedy", None), ("sampled, temperature 0.8, top_p 0.95, key 0", sampling)):
-        out = generate(layers, config, tokens, max_new_tokens=NEW_TOKENS, key=jax.random.key(0), options=options)
-        text = tokenizer.decode(np.asarray(out.tokens)[0].tolist())
-        print(f"{name}:\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+    key, options = jax.random.key(0), list(rows.values())
+    out = generate(layers, config, tokens, max_new_tokens=NEW_TOKENS, key=key, options=options)
+    count = len(tokens[0]) + np.asarray(out.lengths)
+    ids = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), count, strict=True)]
+    for name, row in zip(rows, ids, strict=True):
+        print(f"{name}:\n" + "\n".join(f"    {line}" for line in tokenizer.decode(row).splitlines()))
+    return ids[0]
 
 
 def _loss(params: Params, config: Config, held: _Held) -> TextLoss:
     loss = held.loss(params, config)
     print(
-        f"{loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token, over {loss.tokens:,} tokens "
-        f"of heldout.txt that training did not see,\nin windows of {WINDOW} tokens"
+        f"{loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token\n"
+        f"over {loss.tokens:,} tokens of heldout.txt, which training did not see, in windows of {WINDOW}"
     )
     return loss
 
 
-def _resize(params: Params, config: Config, held: _Held, before: TextLoss) -> None:
+def _resize(params: Params, config: Config, held: _Held, before: TextLoss) -> bool:
     wanted = config.vocab_size + NEW_WORDS
     larger, resized = resize_embeddings(params, config, wanted, pad_to_multiple_of=64, key=jax.random.key(0))
     kept = np.asarray(larger["embed"]["tokens"])[: config.vocab_size]
     same = same_bytes(kept, np.asarray(params["embed"]["tokens"]))
     loss = held.loss(cast(larger, "float32"), resized)
     print(
-        f"{NEW_WORDS} more tokens, rounded up to a multiple of 64: {config.vocab_size:,} -> {resized.vocab_size:,} rows; "
+        f"{NEW_WORDS} more tokens, up to a multiple of 64: {config.vocab_size:,} -> {resized.vocab_size:,} rows; "
         f"old rows {'equal to the byte' if same else 'CHANGED'}\n"
-        f"bits per byte {before.bits_per_byte:.4f} -> {loss.bits_per_byte:.4f}: the new tokens take a little probability"
+        f"bits per byte {before.bits_per_byte:.4f} -> {loss.bits_per_byte:.4f} (new tokens take some probability)"
     )
+    return same
 
 
-def _prune(params: Params, config: Config, held: _Held, before: TextLoss) -> None:
+def _prune(params: Params, config: Config, held: _Held, before: TextLoss) -> bool:
     importance = np.asarray(text_importance(params, config, held.scores))
     print(
-        f"importance (gradient of the loss by a head mask, Michel et al. 2019), from {len(held.scores)} windows not measured with:\n"
+        "importance: gradient of the loss with respect to a mask on the heads (Michel et al. 2019),\n"
+        f"from {len(held.scores)} windows that the loss below is not measured on:\n"
     )
     rows = [[f"layer {layer}", *(f"{value:.4f}" for value in row)] for layer, row in enumerate(importance)]
     print(
@@ -167,14 +177,16 @@ def _prune(params: Params, config: Config, held: _Held, before: TextLoss) -> Non
     loss = held.loss(pruned, smaller)
     tokens = jnp.asarray(np.array(held.measures[0])[None, :-1])
     a, b = (np.asarray(fmodels.forward(p, c, tokens).logits) for p, c in ((masked, config), (pruned, smaller)))
+    difference = departure(b, a, np.ones(a.shape, bool))
     gone = "; ".join(f"layer {layer}: {', '.join(map(str, numbers))}" for layer, numbers in heads.items())
     group = config.num_heads // config.num_kv_heads
     print(
-        f"\nremoved {HEADS} of {config.num_layers * config.num_heads} heads, in whole key-value groups of {group}: {gone}\n"
+        f"\nremoved {HEADS} of {config.num_layers * config.num_heads} heads, in whole groups of {group}: {gone}\n"
         f"parameters {num_parameters(params):,} -> {num_parameters(pruned):,}\n"
         f"bits per byte {before.bits_per_byte:.4f} -> {loss.bits_per_byte:.4f}\n"
-        f"masked twin (same heads silenced, shapes kept): logits within {departure(b, a, np.ones(a.shape, bool)):.1e} of the pruned"
+        f"masked twin (the same heads silenced, shapes kept): logits within {difference:.1e} of those of the pruned"
     )
+    return difference <= 1e-5
 
 
 def _convert(params: Params, config: Config) -> tuple[bool, Params]:
@@ -200,32 +212,33 @@ def _convert(params: Params, config: Config) -> tuple[bool, Params]:
         old, new = tree.flatten(params), tree.flatten(back)
         same = old.keys() == new.keys() and all(same_bytes(np.asarray(old[p]), np.asarray(new[p])) for p in old)
         print(
-            f"{label}: {len(there)} tensors there and back in {1000 * seconds:.0f} ms, {'equal to the byte' if same else 'DIFFERENT'}"
+            f"{label}: {len(there)} tensors there and back in {1000 * seconds:.0f} ms, "
+            f"{'equal to the byte' if same else 'DIFFERENT'}"
         )
         good, params = good and same, back
     return good, params
 
 
-def _save(params: Params, config: Config, folder: Path, tokenizer: Any) -> bool:
+def _save(params: Params, config: Config, folder: Path, greedy: list[int]) -> bool:
     save(params, config, folder)
     for path in assets.TINY_LLAMA.glob("tokenizer*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    print(f"{folder}: " + ", ".join(f"{path.name} {size(path.stat().st_size)}" for path in files))
+    print(table([[path.name, size(path.stat().st_size)] for path in files], [str(folder), ""], right=[1]))
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         print("transformers: not installed: pip install transformers torch")
         return True
     import torch
 
     model, _ = read_with_transformers(params, config, folder)
-    tokens = [tokenizer.encode(PROMPT).ids]
+    tokenizer = read_tokenizer(folder)
+    ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     with torch.no_grad():
-        ids = torch.tensor(tokens)
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
-    ours = generate(unstack_layers(cast(params, "float32")), config, tokens, max_new_tokens=NEW_TOKENS)
-    same = theirs.tolist() == np.asarray(ours.tokens).tolist()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    same = out[0].tolist() == greedy
     print(
-        f"{type(model).__name__}.from_pretrained: greedy continuation in float32 {'equal, token by token' if same else 'DIFFERENT'}"
+        f"\n{type(model).__name__}.from_pretrained: its greedy continuation is "
+        + ("ours, token by token" if same else "DIFFERENT from ours")
     )
     return same
 

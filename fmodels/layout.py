@@ -134,7 +134,7 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
 def check_layers(layers: str) -> bool:
     """True for `"stacked"`, False for `"list"`."""
     if layers not in ("stacked", "list"):
-        raise ValueError(f"layers={layers!r}: expected 'stacked' or 'list'")
+        raise ValueError(f"layers: expected 'stacked' or 'list', got {layers!r}")
     return layers == "stacked"
 
 

@@ -1,4 +1,4 @@
-"""Text for people and text for models: aligned tables, the tokenizer of a folder, and how well a model predicts a text."""
+"""Text for people and for models: aligned tables, the tokenizer of a folder, how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def windows(tokenizer: Any, text: str, length: int) -> list[list[int]]:
 
 
 def batches(rows: Sequence[Sequence[int]], batch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows padded to one shape, `batch` at a time: `(tokens (b t), weight (b t-1))`, weight 0 where the target is padding.
+    """Rows padded to one shape, `batch` at a time: `(tokens (b t), weight (b t-1))`, weight 0 where there is padding.
 
     Example:
         >>> [(tokens.tolist(), weight.tolist()) for tokens, weight in batches([[1, 2, 3], [3, 4]], 2)]
@@ -137,8 +137,10 @@ def batches(rows: Sequence[Sequence[int]], batch: int) -> list[tuple[np.ndarray,
 
 def nats(params: Params, config: Config, tokens: Array, weight: Array) -> Array:
     """The sum of the cross entropy of each token after the first of its row, times its weight."""
-    logits = jax.nn.log_softmax(forward(params, config, tokens[:, :-1]).logits)
-    return -jnp.sum(jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0] * weight)
+    logits = forward(params, config, tokens[:, :-1]).logits
+    assert logits is not None
+    logprobs = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0] * weight)
 
 
 _nats = functools.partial(jax.jit, static_argnames="config")(nats)

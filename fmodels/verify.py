@@ -1,8 +1,9 @@
 """The conversion certificate: that a checkpoint survives us to the byte, and that every framework computes the same.
 
-Two kinds of evidence. *Bytes*: a hash of every tensor, its equality after our load and save, and with a second checkpoint.
-*Numbers*: hidden states of every layer, logits and gradients of the same weights in JAX, in the PyTorch and TensorFlow
-wrappers, and in transformers, whose own reader reads the folder. The first place that departs from its bound is named.
+Two kinds of evidence. *Bytes*: a hash of every tensor, its equality after our load and save, and with a second
+checkpoint. *Numbers*: hidden states of every layer, logits and gradients of the same weights in JAX, in the PyTorch and
+TensorFlow wrappers, and in transformers, whose own reader reads the folder. The first place that departs from its bound
+is named.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from fmodels import checkpoint, hub, schema, tree
+from fmodels import checkpoint, hub, tree
 from fmodels.api import CHOICE_TASKS, forward
 from fmodels.layout import to_disk
 from fmodels.models import Config, family
@@ -42,7 +43,7 @@ LABELS = {"torch": "PyTorch wrapper", "tensorflow": "TensorFlow wrapper", "trans
 LENGTH = 12
 """Tokens in a row of the random input."""
 FLOOR = 1e-2
-"""A gradient smaller than this part of the median tensor's is measured against that part: it may be nothing but rounding."""
+"""A gradient smaller than this part of the median tensor's is measured against that part: it may be but rounding."""
 
 
 class TensorCheck(NamedTuple):
@@ -156,7 +157,8 @@ class Certificate:
                       f"{size(m['bytes'])} of {', '.join(m['dtypes'])}"],
             ["sha256 of A", self.sha256],
             ["input", f"random tokens {tuple(s['shape'])}, seed {s['seed']}, computed in {s['computed_in']}"],
-            ["bounds", f"outputs {s['tolerance']:g} of max(1, |reference|), gradients {s['gradient_tolerance']:g} of each tensor's largest"],
+            ["bounds", f"outputs {s['tolerance']:g} of max(1, |reference|), "
+                       f"gradients {s['gradient_tolerance']:g} of each tensor's largest"],
             ["versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in self.versions.items())],
         ]  # fmt: skip
         return table(rows)
@@ -171,7 +173,8 @@ class Certificate:
         shown = [tensor for tensor in self.tensors if every or _remarkable(tensor)]
         rows = [
             [
-                t.name, t.dtype, list(t.shape), t.sha256[:16], f"{t.nan} NaN, {t.inf} Inf" if t.nan or t.inf else "finite",
+                t.name, t.dtype, list(t.shape), t.sha256[:16],
+                f"{t.nan} NaN, {t.inf} Inf" if t.nan or t.inf else "finite",
                 t.saved, *([t.other] if self.b is not None else []),
             ]
             for t in (shown if every else shown[:40])
@@ -223,8 +226,8 @@ def verify(
 ) -> Certificate:
     """Checks a checkpoint, or that two are the same model.
 
-    Everything is computed in float32, to which bfloat16 and float16 weights are cast exactly, so that the bounds mean the
-    same for all checkpoints. The reference is `fm.forward` on the stacked tree. Padded places are not compared.
+    Everything is computed in float32, to which bfloat16 and float16 weights are cast exactly, so that the bounds mean
+    the same for all checkpoints. The reference is `fm.forward` on the stacked tree. Padded places are not compared.
 
     A departure is `|x - reference| / max(1, |reference|)` for each element of the outputs. Of a hidden state, which the
     next norm takes as a whole, it is measured against the largest element of its vector: the sum of the residual stream
@@ -262,10 +265,12 @@ def verify(
     first = first._replace(config=config)
     checks, failures = _round_trip(first, params, notes)
     unexpected: list[str] = []
+    not_finite: dict[str, tuple[int, int]] = {}
     if second is not None:
         checks, unexpected, problems = _against(checks, first, second)
         (notes if outputs_only else failures).extend(problems)
-        failures += [f"B: {_not_finite(name, *counts)}" for name, counts in second.not_finite().items()]
+        not_finite = second.not_finite()
+        failures += [f"B: {_not_finite(name, *counts)}" for name, counts in not_finite.items()]
     finite = not any(check.nan or check.inf for check in checks)
 
     computed = cast(params, "float32")
@@ -276,14 +281,13 @@ def verify(
         except (ValueError, NotImplementedError) as error:
             other_error = str(error)
     given = _inputs(params, config, seed, None if other is None else other[0])
-    comparisons = _compare_all(
+    comparisons, reference = _compare_all(
         computed, config, first.folder, given,
         gradients=gradients, frameworks=frameworks, finite=finite, tolerances=(tolerance, gradient_tolerance),
     )  # fmt: skip
     if second is not None:
-        comparisons.append(
-            _compare_b(computed, config, other, other_error, given, tolerance, finite and not second.not_finite())
-        )
+        usable = None if not_finite else reference
+        comparisons.append(_compare_b(usable, other, other_error, given, tolerance))
     failures += [f"{c.name}: {c.note if c.first is None else _departure(c)}" for c in comparisons if c.status == "fail"]
     if not finite:
         notes.append("weights are not finite, so nothing was computed with them")
@@ -298,7 +302,8 @@ def verify(
         b=None if b is None else str(b),
         model={
             "model_type": config.model_type, "task": config.task, "num_layers": config.num_layers,
-            "parameters": num_parameters(params), "bytes": sum(t.nbytes for t in first.tensors.values()), "dtypes": dtypes,
+            "parameters": num_parameters(params), "bytes": sum(t.nbytes for t in first.tensors.values()),
+            "dtypes": dtypes,
         },
         sha256=digest.hexdigest(),
         tensors=tuple(checks),
@@ -350,7 +355,8 @@ def canonical_names(names: Sequence[str], config: Config) -> dict[str, Name]:
     Example:
         >>> import fmodels as fm
         >>> config = fm.models.gpt2.Config(num_layers=1, task="causal-lm")
-        >>> for name in canonical_names(["wte.weight", "lm_head.weight", "h.0.attn.bias"], config).values(): print(*name)
+        >>> for name in canonical_names(["wte.weight", "lm_head.weight", "h.0.attn.bias"], config).values():
+        ...     print(*name)
         tensor transformer.wte.weight
         repeat transformer.wte.weight
         buffer h.0.attn.bias
@@ -444,7 +450,7 @@ def _round_trip(source: Source, params: Params, notes: list[str]) -> tuple[list[
                         )
                 if nan or inf:
                     failures.append(_not_finite(name, nan, inf))
-                digest = hashlib.sha256(memoryview(_bytes(array))).hexdigest()
+                digest = hashlib.sha256(_bytes(array).data).hexdigest()
                 checks.append(TensorCheck(name, tensor.dtype.name, tensor.shape, digest, nan, inf, outcome))
                 bar.update(tensor.nbytes)
         failures += [f"load and save: tensor {name!r} was written, but is not in A" for name in saved]
@@ -572,7 +578,7 @@ def _run_jax(params: Params, config: Config, given: Given, *, gradients: bool) -
         found, out = jax.jit(jax.grad(loss, has_aux=True))(params)
         named = {name: np.asarray(value) for name, value in to_disk(found, config).items()}
     else:
-        out, named = jax.jit(run)(params), {}
+        out, named = run(params), {}
     return Result({f: np.asarray(getattr(out, f)) for f in FIELDS if getattr(out, f) is not None}, named)
 
 
@@ -668,7 +674,7 @@ def _transformers_outputs(out: Any, given: Given) -> dict[str, Any]:
 
 
 def read_with_transformers(params: Params, config: Config, folder: Path) -> tuple[Any, str]:
-    """transformers' own model in float32, read from the folder by its own reader where it can be, and a note if not.
+    """The model of transformers itself in float32, read from the folder by its own reader where it can be; and a note.
 
     Raises:
         ImportError: torch or transformers is not installed.
@@ -716,8 +722,8 @@ def _compare_all(
     frameworks: Sequence[str],
     finite: bool,
     tolerances: tuple[float, float],
-) -> list[Comparison]:
-    """The reference against the unstacked tree and every framework."""
+) -> tuple[list[Comparison], Result | None]:
+    """The reference against the unstacked tree and every framework; and the reference itself."""
     stacked = tree.is_stacked(params)
     unstacked_name = "JAX, unstacked"
     missing = {name for name in FRAMEWORKS if not _installed(name)}
@@ -731,7 +737,8 @@ def _compare_all(
     if not finite:
         skipped = ("not possible", "the weights are not finite")
         reasons |= {name: skipped for name in FRAMEWORKS if name not in reasons}
-        return [Comparison(unstacked_name, *skipped[:1], note=skipped[1]), *(_not_run(n, reasons) for n in FRAMEWORKS)]
+        unstacked = Comparison(unstacked_name, skipped[0], note=skipped[1])
+        return [unstacked, *(_not_run(name, reasons) for name in FRAMEWORKS)], None
     reference = _run_jax(params, config, given, gradients=gradients)
     found = []
     if stacked:
@@ -766,24 +773,21 @@ def _compare_all(
             found.append(Comparison(LABELS[name], "not possible", note=_brief(error)))
         except Exception as error:  # whatever a framework raises is a finding, and the others are still to be run
             found.append(Comparison(LABELS[name], "fail", note=_brief(error)))
-    return found
+    return found, reference
 
 
 def _compare_b(
-    params: Params,
-    config: Config,
+    reference: Result | None,
     other: tuple[Params, Config] | None,
     error: str,
     given: Given,
     tolerance: float,
-    finite: bool,
 ) -> Comparison:
-    """The outputs of A against those of B, both in stacked JAX."""
+    """The outputs of A, None if its or B's weights are not finite, against those of B, both in stacked JAX."""
     if other is None:
         return Comparison("B", "fail", note=f"cannot be loaded: {error}")
-    if not finite:
+    if reference is None:
         return Comparison("B", "not possible", note="the weights are not finite")
-    reference = _run_jax(params, config, given, gradients=False)
     return _compare("B", reference, _run_jax(*other, given, gradients=False), given, tolerance, math.inf)
 
 

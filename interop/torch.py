@@ -476,7 +476,7 @@ def _either(name: str, value: Any, other: str, other_value: Any) -> Any:
 
 
 def _inputs(config: Any, **tensors: Any) -> dict[str, Any]:
-    """The inputs as int32 arrays of their own memory, checked as `fm.forward` checks them outside of `jit`."""
+    """The inputs as arrays of their own memory, checked as `fm.forward` checks them outside of `jit`."""
     if tensors["tokens"] is None:
         raise TypeError("TorchModel: there are no tokens; pass tokens= (or input_ids=)")
     arrays: dict[str, Any] = {}
@@ -489,7 +489,8 @@ def _inputs(config: Any, **tensors: Any) -> dict[str, Any]:
             raise TypeError(f"TorchModel: {name} must be a torch.Tensor of integers, got {what}; use torch.tensor(…)")
         if tensor.numel():
             _check_range(name, tensor, config)
-        arrays[name] = jnp.array(tensor.detach().to("cpu", torch.int32).numpy(), copy=True)
+        kind = torch.bool if name == "mask" else torch.int32
+        arrays[name] = jnp.array(tensor.detach().to("cpu", kind).numpy(), copy=True)
     return arrays
 
 
@@ -598,7 +599,7 @@ def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
 
 
 def _to_jax(name: str, tensor: Tensor) -> jax.Array:
-    """The tensor's own memory as an array of JAX."""
+    """The tensor's own memory as an array of JAX; a copy if it does not lie there row by row."""
     if tensor.device.type != "cpu":
         raise ValueError(f"TorchModel: {name!r} is on {tensor.device}, but computes on the CPU; use module.to('cpu')")
     if _is_too_wide(tensor.dtype):
@@ -606,7 +607,7 @@ def _to_jax(name: str, tensor: Tensor) -> jax.Array:
             f"TorchModel: {name!r} is {tensor.dtype}, which jax has only after "
             'jax.config.update("jax_enable_x64", True); use module.float()'
         )
-    return jnp.from_dlpack(tensor.detach())
+    return jnp.from_dlpack(tensor.detach().contiguous())
 
 
 def _to_tensor(array: jax.Array) -> Tensor:

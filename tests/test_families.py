@@ -38,7 +38,9 @@ def test_outputs_and_hidden_states(loaded, padding):
     check_parity(loaded, padding)
 
 
-def test_unstacked(loaded):
+@pytest.mark.parametrize("name", [*CAUSAL, "gpt2/double-heads", "bert/pretraining"])
+def test_unstacked(case, name):
+    loaded = case(name)
     check_parity(loaded, "left" if loaded.case.causal else "right", params=loaded.unstacked)
 
 
@@ -97,7 +99,7 @@ def test_gradients(loaded):
     sum((theirs[n] * torch.tensor(weights[n])).sum() for n in names).backward()
 
     def functional(params):
-        out = loaded.forward(params=params)
+        out = loaded.forward(params=params, hidden_states=False)
         return sum((getattr(out, n) * weights[n]).sum() for n in names)
 
     ours = fm.to_disk(jax.grad(functional)(loaded.params), loaded.config)
@@ -119,8 +121,10 @@ def test_tree_fits_config(loaded):
     assert sum(a.size for a in jax.tree.leaves(loaded.params)) == sum(p.numel() for p in loaded.model.parameters())
 
 
-def test_init_like_transformers(loaded):
+@pytest.mark.parametrize("name", [*PLAIN, "gpt2/double-heads", "bert/pretraining"])
+def test_init_like_transformers(case, name):
     """Fresh parameters: the same leaves, and the same spread of each as a fresh model of transformers."""
+    loaded = case(name)
     params = fm.init(loaded.config, jax.random.key(0))
     fm.check(params, loaded.config)
     again = type(loaded.model)(loaded.model.config, **loaded.case.options)

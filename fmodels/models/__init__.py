@@ -21,5 +21,5 @@ def family(which: str | Config) -> Family:
     """
     name = which if isinstance(which, str) else which.model_type
     if name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"family: model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

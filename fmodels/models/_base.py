@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fmodels import schema, tree
 from fmodels.nn.embeddings import lm_logits
-from fmodels.nn.linear import linear
+from fmodels.nn.linear import ACTIVATIONS, linear
 from fmodels.nn.positions import last_real
 from fmodels.types import Array, Cache, Key, Output, Params
 from fmodels.weights.rules import Weights
@@ -50,6 +50,14 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "embedding_size": (None,),
 }
 """Keys that would change the numbers, with the values at which they do not."""
+
+
+SIZES = frozenset(schema.SIZES.values()) - {"num_labels"}
+"""Fields that are sizes of axes."""
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +113,15 @@ class Config:
             raise ValueError(
                 f"{self.model_type}.Config: task {self.task!r} is not one of this family's: {', '.join(self.ARCHITECTURES)}"
             )
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        wrong = [f for f in SIZES if not _is_size(getattr(self, f, 1))]
+        if wrong:
+            said = ", ".join(f"{field}={getattr(self, field)!r}" for field in wrong)
+            raise ValueError(f"{self.model_type}.Config: sizes are positive integers; got {said}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{self.model_type}.Config: activation {self.activation!r} is not supported; one of {', '.join(sorted(ACTIVATIONS))}"
+            )
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.model_type}.Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
@@ -131,6 +147,9 @@ class Config:
         extra: list[tuple[str, str]] = []
         problems: list[str] = []
         spelling = {key: field for field, key in cls.HF.items()}
+        sizes = {key: data[key] for field, key in cls.HF.items() if field in SIZES and data.get(key) is not None}
+        if wrong := [f"{key}={value!r}" for key, value in sizes.items() if not _is_size(value)]:
+            raise ValueError(f"{cls.model_type}.Config.from_hf: sizes are positive integers; config.json says {', '.join(wrong)}")
         own = cls.read_special(data, fields, problems)
         for key, value in data.items():
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):

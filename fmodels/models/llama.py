@@ -100,6 +100,11 @@ class Config(BaseConfig):
         "question-answering": "LlamaForQuestionAnswering",
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim % 2:
+            raise ValueError(f"llama.Config: rotary embeddings turn pairs of numbers; head_dim={self.head_dim} is odd")
+
     @property
     def rope_theta(self) -> float:
         """The base of the rotary frequencies, `rope.theta`."""

@@ -25,7 +25,9 @@ STAGES = ["unpruned", "pruned_once", "pruned_twice"]
 
 def golden(model):
     expected = dict(np.load(GOLDENS / model / "expected.npz"))
-    heads = [{int(layer): gone for layer, gone in json.loads(str(expected[name])).items()} for name in ("first", "second")]
+    heads = [
+        {int(layer): gone for layer, gone in json.loads(str(expected[name])).items()} for name in ("first", "second")
+    ]
     return expected, heads
 
 
@@ -183,11 +185,11 @@ def test_splitting_a_group_says_what_to_write():
         "prune_heads: layer 3 has 8 key-value groups of 4 heads; [1] splits a group unevenly. "
         "Prune whole groups or one head of each, or use mask_heads."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
         fm.prune_heads(params, config, {3: [1]})
     params, config = fm.prune_heads(params, config, {3: [*range(0, 32, 4)]})
     message = "prune_heads: layer 3 has 8 key-value groups of 3 heads; [1, 6] split a group unevenly."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
         fm.prune_heads(params, config, {3: [0, 1, 6]})
     fm.prune_heads(params, config, {3: [1, 2, 3]})
     fm.prune_heads(params, config, {3: [*range(1, 32, 4)]})
@@ -208,16 +210,20 @@ def test_splitting_a_group_says_what_to_write():
         ({0: 1}, TypeError, "layer 0 has 1, expected a list of heads such as [0, 2]"),
         ({0: "12"}, TypeError, "layer 0 has '12', expected a list of heads such as [0, 2]"),
         ([0, 1], TypeError, "expected heads as {layer: [head, …]}, got [0, 1]"),
-        ({1: [0, 1, 2, 3]}, ValueError, "layer 1 has 4 heads and all would go; keep one, or silence them with mask_heads"),
+        (
+            {1: [0, 1, 2, 3]},
+            ValueError,
+            "layer 1 has 4 heads and all would go; keep one, or silence them with mask_heads",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_heads(heads, error, message):
     params, config = make("gpt2")
     before = to_numpy(params)
-    with pytest.raises(error, match=f"^{re.escape('prune_heads: ' + message)}$"):
+    with pytest.raises(error, match=rf"^{re.escape('prune_heads: ' + message)}$"):
         fm.prune_heads(params, config, heads)
     if error is not ValueError:
-        with pytest.raises(error, match=f"^{re.escape('mask_heads: ' + message)}$"):
+        with pytest.raises(error, match=rf"^{re.escape('mask_heads: ' + message)}$"):
             fm.mask_heads(params, config, heads)
     assert_same(to_numpy(params), before)
     assert config == make("gpt2")[1]
@@ -229,13 +235,18 @@ def test_all_problems_at_once():
         fm.prune_heads(params, config, {0: [9, -2], 7: [0], 1: [0], 2: [*range(8)]})
     text = str(caught.value)
     assert text.startswith("prune_heads: 5 problems:\n  layer 0: head 9 is out of range")
-    for part in ("head -2", "layer 7 is", "layer 1 has 4 key-value groups of 2 heads; [0] splits", "layer 2 has 8 heads"):
+    for part in (
+        "head -2",
+        "layer 7 is",
+        "layer 1 has 4 key-value groups of 2 heads; [0] splits",
+        "layer 2 has 8 heads",
+    ):
         assert part in text
 
 
 def test_pruning_what_earlier_pruning_left():
     params, config = fm.prune_heads(*make("gpt2"), {1: [0, 2]})
-    with pytest.raises(ValueError, match="layer 1 has 2 heads and all would go"):
+    with pytest.raises(ValueError, match=r"layer 1 has 2 heads and all would go"):
         fm.prune_heads(params, config, {1: [1, 3]})
 
 
@@ -243,9 +254,11 @@ def test_tree_and_config_that_do_not_fit():
     params, config = make("gpt2")
     _, pruned = fm.prune_heads(params, config, {0: [1]})
     for function in (fm.prune_heads, fm.mask_heads):
-        with pytest.raises(ValueError, match="has 4 (query|key-value) heads, but the config says 3 for layer 0; repair"):
+        with pytest.raises(
+            ValueError, match=r"has 4 (query|key-value) heads, but the config says 3 for layer 0; repair"
+        ):
             function(params, pruned, {1: [0]})
-        with pytest.raises(ValueError, match="the tree has 3 layers, but the config says 5"):
+        with pytest.raises(ValueError, match=r"the tree has 3 layers, but the config says 5"):
             function(params, dataclasses.replace(config, num_layers=5), {1: [0]})
 
 
@@ -291,7 +304,9 @@ def test_scale_of_ragged_layers():
         with pytest.raises(ValueError, match=r"^scale_heads: 'layers.*expected a mask \(l h\)"):
             fm.scale_heads(params, wrong)
     for wrong in (jnp.ones((3, 3)), jnp.ones((2, 4)), (jnp.ones(4), jnp.ones(3), jnp.ones(4))):
-        with pytest.raises(ValueError, match=r"^scale_heads: 'layers.attention.output.weight' has 3 layers and 4 heads"):
+        with pytest.raises(
+            ValueError, match=r"^scale_heads: 'layers.attention.output.weight' has 3 layers and 4 heads"
+        ):
             fm.scale_heads(make("gpt2")[0], wrong)
 
 
@@ -308,7 +323,7 @@ def test_quantised_leaves(shared):
         shape = list(leaf.shape)
         shape[-2 if shared else -1] = 1
         values = draw.integers(-127, 127, leaf.shape, np.int8)
-        return Scaled(values, draw.uniform(0.5, 1, shape).astype(np.float32))  # pyright: ignore
+        return Scaled(values, draw.uniform(0.5, 1, shape).astype(np.float32))
 
     def plain(tree):
         return fm.tree.map_leaves(lambda _, leaf: leaf.dequantize() if isinstance(leaf, Scaled) else leaf, tree)

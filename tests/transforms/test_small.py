@@ -61,9 +61,11 @@ def test_cast_to_64_bits():
     assert wide["embed"]["tokens"].dtype == np.float64
 
 
-@pytest.mark.parametrize(("dtype", "message"), [("int8", "expected a floating dtype, got int8"), ("half32", "'half32' is not a")])
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("int8", "expected a floating dtype, got int8"), ("half32", "'half32' is not a")]
+)
 def test_cast_to_what_is_no_floating_dtype(dtype, message):
-    with pytest.raises(TypeError, match=f"^cast: {message}"):
+    with pytest.raises(TypeError, match=rf"^cast: {message}"):
         fm.cast({"a": np.ones(2)}, dtype)
 
 
@@ -104,15 +106,19 @@ def test_tie_keeps_the_bias_and_drops_the_spare_one():
 
 def test_tie_of_a_head_that_differs():
     params, config = make("llama")
-    with pytest.raises(ValueError, match=r"^tie: 'lm_head.weight' differs by up to \S+ from 'embed.tokens'.*force=True"):
+    with pytest.raises(
+        ValueError, match=r"^tie: 'lm_head.weight' differs by up to \S+ from 'embed.tokens'.*force=True"
+    ):
         fm.tie(params, config)
     tied, new = fm.tie(params, config, force=True)
     fm.check(tied, new)
     np.testing.assert_array_equal(tied["embed"]["tokens"], params["embed"]["tokens"])
     half = fm.tree.update(params, {"lm_head.weight": params["embed"]["tokens"].astype(jnp.bfloat16)})
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is bfloat16 \(37, 16\) and not float32 \(37, 16\) as 'embed"):
+    with pytest.raises(
+        ValueError, match=r"'lm_head.weight' is bfloat16 \(37, 16\) and not float32 \(37, 16\) as 'embed"
+    ):
         fm.tie(half, config)
-    with pytest.raises(ValueError, match="cannot be compared under jit"):
+    with pytest.raises(ValueError, match=r"cannot be compared under jit"):
         jax.jit(lambda tree: fm.tie(tree, config)[0])(params)
     assert "lm_head" not in jax.jit(lambda tree: fm.tie(tree, config, force=True)[0])(params)
     assert "lm_head" in jax.jit(lambda tree: fm.untie(tree, new)[0])(tied)
@@ -121,13 +127,14 @@ def test_tie_of_a_head_that_differs():
 @pytest.mark.parametrize("function", [fm.tie, fm.untie])
 def test_models_without_a_head(function):
     params, config = make("bert", task="base")
-    with pytest.raises(ValueError, match="a model of task 'base' has no head over the vocabulary"):
+    with pytest.raises(ValueError, match=r"a model of task 'base' has no head over the vocabulary"):
         function(params, config)
 
 
 HF = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=21, n_positions=12, bos_token_id=1, eos_token_id=1)
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=21, n_positions=12, bos_token_id=1,
+                                eos_token_id=1)
     ),
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=8,
@@ -149,7 +156,9 @@ def test_counts_are_those_of_transformers(family, tmp_path):
     params, _ = fm.load(tmp_path)
     for tree in (params, fm.unstack_layers(params)):
         for exclude in (False, True):
-            assert fm.num_parameters(tree, exclude_embeddings=exclude) == model.num_parameters(exclude_embeddings=exclude)
+            assert fm.num_parameters(tree, exclude_embeddings=exclude) == model.num_parameters(
+                exclude_embeddings=exclude
+            )
         assert fm.memory_footprint(tree) == 4 * fm.num_parameters(tree)
         for tokens in (24, np.int64(24), (2, 12), [2, 12], jnp.zeros((2, 12), jnp.int32), jnp.asarray(24)):
             want = 6 * 24 * model.num_parameters(exclude_embeddings=True)
@@ -166,5 +175,5 @@ def test_counts_of_quantised_leaves():
 
 @pytest.mark.parametrize(("tokens", "error"), [(2.5, TypeError), ("9", TypeError), (-1, ValueError), (None, TypeError)])
 def test_counts_of_what_is_no_number_of_tokens(tokens, error):
-    with pytest.raises(error, match="^floating_point_ops: expected"):
+    with pytest.raises(error, match=r"^floating_point_ops: expected"):
         fm.floating_point_ops({"a": np.ones(2)}, tokens)

@@ -74,7 +74,10 @@ def assert_close(a, b):
 
 @pytest.mark.parametrize(
     ("optimizer", "transform"),
-    [*((name, "prune") for name in OPTIMIZERS), *(("some frozen", name) for name in ("unstack", "resize", "shrink"))],
+    [
+        *((name, "prune") for name in OPTIMIZERS if name != "every two"),
+        *(("some frozen", name) for name in ("unstack", "resize", "shrink")),
+    ],
 )
 def test_commutes_with_an_update(optimizer, transform, gradients):
     optimize = OPTIMIZERS[optimizer]()
@@ -135,11 +138,11 @@ def test_states_without_copies():
 def test_states_that_belong_to_another_tree():
     params = few_leaves()
     state = optax.adam(1e-2).init(params)
-    with pytest.raises(ValueError, match="^map_state: the state holds arrays, but nowhere the paths of params"):
+    with pytest.raises(ValueError, match=r"^map_state: the state holds arrays, but nowhere the paths of params"):
         fm.map_state(fm.stack_layers, fm.unstack_layers(params), state)
     with pytest.raises(ValueError, match=r"has shape .* in the state, but .* in params"):
         fm.map_state(TRANSFORMS["shrink"], TRANSFORMS["shrink"](params), state)
-    with pytest.raises(ValueError, match="a state that is not shaped like the parameters cannot be transformed"):
+    with pytest.raises(ValueError, match=r"a state that is not shaped like the parameters cannot be transformed"):
         fm.map_state(TRANSFORMS["shrink"], params, optax.adafactor(1e-2, min_dim_size_to_factor=2).init(params))
 
 

@@ -13,16 +13,16 @@ import fmodels as fm
 
 SIZES = {
     "gpt2": {
-        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 4, "max_positions": 12, "task": "causal-lm",
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4,
+        "num_kv_heads": 4, "head_dim": 4, "max_positions": 12, "task": "causal-lm",
     },
     "bert": {
-        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 4, "max_positions": 12, "task": "masked-lm",
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 4,
+        "num_kv_heads": 4, "head_dim": 4, "max_positions": 12, "task": "masked-lm",
     },
     "llama": {
-        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 8, "num_kv_heads": 4,
-        "head_dim": 4, "max_positions": 12, "task": "causal-lm", "attention_bias": True,
+        "vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_layers": 3, "num_heads": 8,
+        "num_kv_heads": 4, "head_dim": 4, "max_positions": 12, "task": "causal-lm", "attention_bias": True,
     },
 }  # fmt: skip
 FAMILIES = tuple(SIZES)
@@ -35,7 +35,9 @@ def make(family: str, layers: str = "stacked", **changes: Any) -> tuple[fm.Param
     config = getattr(fm.models, family).Config(**{**SIZES[family], "initializer_range": 0.2, **changes})
     draw = np.random.default_rng(0)
     params = fm.tree.map_leaves(
-        lambda path, leaf: jnp.asarray(draw.normal(1.0 if path.endswith("scale") else 0.0, 0.2, leaf.shape), jnp.float32),
+        lambda path, leaf: jnp.asarray(
+            draw.normal(1.0 if path.endswith("scale") else 0.0, 0.2, leaf.shape), jnp.float32
+        ),
         fm.abstract(config),
     )
     return (params if layers == "stacked" else fm.unstack_layers(params)), config

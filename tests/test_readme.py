@@ -1,0 +1,120 @@
+"""The README is true: its tables are generated, its Python runs, its commands work.
+
+`python -m tests.test_readme` rewrites the tables.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import fmodels as fm
+from fmodels import cli, schema
+from fmodels.models import FAMILIES
+from fmodels.weights import FORMATS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def tree_picture() -> str:
+    """The axes table, leaves with the same axes on one line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, axes in schema.AXES.items():
+        if path.endswith("spare_bias"):
+            continue
+        parent, _, leaf = path.rpartition(".")
+        groups.setdefault((parent, axes), []).append(leaf)
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for (parent, axes), leaves in groups.items():
+        grand, _, name = parent.rpartition(".")
+        lines.setdefault((grand, " ".join(leaves), axes), []).append(name)
+    text = []
+    for (grand, leaves, axes), names in lines.items():
+        head = f"{grand}." if grand else ""
+        middle = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+        tail = leaves if " " not in leaves else "{" + leaves.replace(" ", ",") + "}"
+        text.append(f"{head}{middle}.{tail}".ljust(58) + f"({axes})")
+    return "\n".join(["```", *text, "```"])
+
+
+def families() -> str:
+    rows = ["| model_type | tasks |", "|---|---|"]
+    rows += [f"| {name} | {', '.join(family.config.ARCHITECTURES)} |" for name, family in sorted(FAMILIES.items())]
+    return "\n".join(rows)
+
+
+def formats() -> str:
+    rows = ["| format | files | read | write |", "|---|---|---|---|"]
+    for name, kind in FORMATS.items():
+        rows.append(f"| {name} | `{kind.single()}`, sharded with `{kind.index()}` | yes | {'yes' if kind.write else 'no'} |")
+    return "\n".join(rows)
+
+
+def bench() -> str:
+    data = json.loads((ROOT / "tests/bench/results.json").read_text())
+    info = data["machine"]
+    lines = [
+        f"Measured by `fmodels bench` on {info['processor']}, {info['threads']} threads, float32, against transformers "
+        f"{info['transformers']} on PyTorch {info['torch']} in the same run (medians; `tests/bench/results.json`):",
+        "",
+        "| | fmodels | yardstick | ratio | target |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for r in data["results"]:
+        lines.append(f"| {r['name']} | {r['ours']:.4g} {r['unit']} | {r['theirs']:.4g} | {r['ratio']:.2f} | {r['target']} |")
+    return "\n".join(lines)
+
+
+GENERATED = {"tree": tree_picture, "families": families, "formats": formats, "bench": bench}
+
+
+def written(text: str) -> str:
+    for name, make in GENERATED.items():
+        text = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}\n<!-- /{n} -->", text, flags=re.S
+        )
+    return text
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.S)
+
+
+def test_tables_are_those_of_the_code():
+    text = README.read_text()
+    assert all(f"<!-- {name} -->" in text for name in GENERATED)
+    assert text == written(text), "run: python -m tests.test_readme"
+
+
+def test_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_python_runs(tmp_path, monkeypatch):
+    """All blocks in turn, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    found = blocks("python")
+    assert len(found) >= 5
+    for block in found:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (fm.assets.TINY_LLAMA / "model.safetensors").read_bytes()
+    assert names["vectors"].shape == (2, 32)
+
+
+COMMANDS = [line for block in blocks("") for line in block.splitlines() if line.startswith("fmodels ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split()[1])
+def test_commands_work(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command.replace("MODEL", str(fm.assets.TINY_LLAMA)))[1:]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
