@@ -302,10 +302,8 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
     tensors: dict[str, Tensor] = {}
-    for name, (rule, layer) in family(config).weights.places(config).items():
-        if rule.optional and rule.leaves[0] not in flat:
-            continue
-        where = {p: p for p in rule.leaves} if stacked else rules.layer_leaves(rule, layer)
+    for name, ((rule, layer), source) in family(config).weights.sources(config, flat.__contains__).items():
+        where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
         index = layer if stacked else None
 
         def get(rule: rules.Rule = rule, where: dict[str, str] = where, index: int | None = index) -> np.ndarray:

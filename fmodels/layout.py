@@ -153,10 +153,8 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
     stacked = tree.is_stacked(params)
     weights = family(config).weights
     tensors: dict[str, Any] = {}
-    for name, (rule, layer) in weights.places(config).items():
-        if rule.optional and rule.leaves[0] not in flat:
-            continue
-        where = {p: p for p in rule.leaves} if stacked else rules.layer_leaves(rule, layer)
+    for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
+        where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
         leaves = {path: flat[where[path]][layer] if stacked and layer is not None else flat[where[path]] for path in rule.leaves}
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)

@@ -645,11 +645,11 @@ def _run_transformers(params: Params, config: Config, folder: Path, given: Given
         inputs["mc_token_ids"] = torch.tensor(np.where(given.mask, np.arange(given.mask.shape[-1]), 0).argmax(-1))
     model.config.use_cache = False
     with torch.set_grad_enabled(gradients):
-        outputs = _transformers_outputs(model(**inputs, output_hidden_states=True, return_dict=True), given)
+        outputs = _transformers_outputs(model(**inputs, output_hidden_states=True, return_dict=True))
         return _finish_torch(model, outputs, given, gradients=gradients, note=note)
 
 
-def _transformers_outputs(out: Any, given: Given) -> dict[str, Any]:
+def _transformers_outputs(out: Any) -> dict[str, Any]:
     """By the names of `fm.Output`."""
     import torch
 
@@ -667,9 +667,6 @@ def _transformers_outputs(out: Any, given: Given) -> dict[str, Any]:
         "mc_logits": "sequence_logits",
     }
     found |= {ours: out[theirs] for theirs, ours in names.items() if out.get(theirs) is not None}
-    if given.mask.ndim == 3 and found["hidden_states"].ndim == 4:  # choices are flattened into the batch
-        states = found["hidden_states"]
-        found["hidden_states"] = states.reshape(states.shape[0], *given.mask.shape, states.shape[-1])
     return found
 
 
@@ -813,10 +810,11 @@ def _compare(
             label = {"hidden": _labels(len(reference.outputs["hidden_states"]))[-1]}.get(field, field.replace("_", " "))
             pairs = [(label, want, got)]
         for label, x, y in pairs:
+            if given.mask.ndim == 3 and field == "hidden_states":  # of choices, which lie side by side in the batch
+                x, y = (z.reshape(*given.mask.shape, z.shape[-1]) if z.ndim == 3 else z for z in (x, y))
             if x.shape != y.shape:
                 shapes.append(f"{label} has shape {list(y.shape)} in place of {list(x.shape)}")
                 continue
-            # `hidden_states` as transformers gives them end with `hidden`: places come in the order of computation.
             places[label] = departure(y, x, given.where(x.shape), vectors=field in ("hidden_states", "hidden"))
     # A head that one side lacks, not one that a framework names otherwise.
     lacking = [field for field in HEADS if (field in reference.outputs) != (field in result.outputs)]

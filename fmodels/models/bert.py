@@ -100,6 +100,7 @@ WEIGHTS = Weights(
     renames={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
     ignored=(r"embeddings\.(position_ids|token_type_ids)$",),
     fallbacks={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+    stand_ins={"lm_head.spare_bias": "lm_head.bias"},
     rules=(
         Rule("@embeddings.word_embeddings.weight", "embed.tokens"),
         Rule("@embeddings.position_embeddings.weight", "embed.positions"),

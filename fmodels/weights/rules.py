@@ -157,6 +157,7 @@ class Weights:
         renames: regular expression -> replacement, old spellings of names.
         ignored: regular expressions of names of buffers that the computation does not read.
         fallbacks: name -> the name that is read in its place when it is absent.
+        stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
     """
 
     rules: tuple[Rule, ...]
@@ -165,6 +166,7 @@ class Weights:
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def base_prefix(self, task: str) -> str:
         """What `@` stands for: the prefix with its dot, or nothing for a base model saved by itself."""
@@ -183,6 +185,21 @@ class Weights:
         """As `places`, for the tensors that only models of other tasks have."""
         rules = [r for r in self.rules if r.tasks is not None and config.task not in r.tasks]
         return self._places(rules, config)
+
+    def sources(self, config: Any, has: Callable[[str], bool]) -> dict[str, tuple[Place, dict[str, str]]]:
+        """Name on disk -> its place and, for each leaf of its rule, the leaf (stacked form) that is written there.
+
+        Args:
+            config: the config.
+            has: whether the tree has a leaf outside of the layers; optional tensors that it lacks are left out.
+        """
+        found: dict[str, tuple[Place, dict[str, str]]] = {}
+        for name, place in self.places(config).items():
+            rule = place.rule
+            leaves = {p: p if not rule.optional or has(p) else self.stand_ins.get(p) for p in rule.leaves}
+            if all(leaves.values()):
+                found[name] = (place, {p: q for p, q in leaves.items() if q is not None})
+        return found
 
     def _places(self, rules: Iterable[Rule], config: Any) -> dict[str, Place]:
         places: dict[str, Place] = {}
