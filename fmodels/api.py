@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
@@ -98,8 +99,8 @@ def forward(
     _check_inputs(params, config, tokens, arrays, cache)
     lead = tokens.shape[:-1]
     if len(lead) == 2:
-        tokens, *rest = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (tokens, *arrays.values()))
-        arrays = dict(zip(arrays, rest, strict=True))
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
     if arrays["mask"] is not None:
         arrays["mask"] = arrays["mask"].astype(bool)
     out = _forward(params, config, tokens, **arrays, cache=cache, select=select, hidden_states=hidden_states)
@@ -120,10 +121,14 @@ def _unflatten_choices(out: Output, config: Config, lead: tuple[int, ...]) -> Ou
         logits = None if logits is None else logits.reshape(lead)
     else:
         logits = split(logits)
-    return out._replace(logits=logits, hidden=split(out.hidden), pooled=split(out.pooled), sequence_logits=split(out.sequence_logits))
+    return out._replace(
+        logits=logits, hidden=split(out.hidden), pooled=split(out.pooled), sequence_logits=split(out.sequence_logits)
+    )
 
 
-def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[str, Array | None], cache: Cache | None) -> None:
+def _check_inputs(
+    params: Params, config: Config, tokens: Array, arrays: dict[str, Array | None], cache: Cache | None
+) -> None:
     problems = []
     choices = config.task in CHOICE_TASKS
     if tokens.ndim != (3 if choices else 2):
@@ -134,7 +139,9 @@ def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[st
     if tokens.size == 0:
         raise ValueError(f"forward: there are no tokens; tokens have shape {tokens.shape}")
     problems += [
-        f"{name} has shape {a.shape}, tokens have {tokens.shape}" for name, a in arrays.items() if a is not None and a.shape != tokens.shape
+        f"{name} has shape {a.shape}, tokens have {tokens.shape}"
+        for name, a in arrays.items()
+        if a is not None and a.shape != tokens.shape
     ]
     numbers = [name for name in ("positions", "token_types") if not _is_integer(arrays[name])]
     problems += [f"{name} are integers; got {getattr(arrays[name], 'dtype', None)}" for name in numbers]
@@ -151,7 +158,7 @@ def _check_inputs(params: Params, config: Config, tokens: Array, arrays: dict[st
             problems.append(f"{length} tokens are more than the {table} positions of this model")
     if cache is not None and cache.mask.shape[0] != tokens.size // tokens.shape[-1]:
         problems.append(f"the cache has {cache.mask.shape[0]} rows, tokens have shape {tokens.shape}")
-    if cache is not None and not isinstance(cache.length, jax.core.Tracer):
+    if cache is not None and not isinstance(cache.length, Tracer):
         used, slots = int(cache.length), cache.mask.shape[1]
         if used + tokens.shape[-1] > slots:
             problems.append(f"the cache has {slots} slots, {used} are taken, and {tokens.shape[-1]} tokens came")
@@ -174,7 +181,7 @@ def _longest(config: Config, tokens: Array, mask: Array | None, cache: Cache | N
     """How many positions the longest row takes, its cached tokens included; as far as it is known outside of `jit`."""
     if not isinstance(tokens.shape[-1], int):  # a symbol, under `jax.export`
         return 0
-    if isinstance(mask, jax.core.Tracer) or (cache is not None and isinstance(cache.length, jax.core.Tracer)):
+    if isinstance(mask, Tracer) or (cache is not None and isinstance(cache.length, Tracer)):
         return tokens.shape[-1] if config.model_type == "bert" else 0
     if config.model_type == "bert":
         return tokens.shape[-1] + (0 if cache is None else int(cache.length))
@@ -183,7 +190,7 @@ def _longest(config: Config, tokens: Array, mask: Array | None, cache: Cache | N
 
 
 def _outside(name: str, values: Array, size: int, what: str) -> list[str]:
-    if isinstance(values, jax.core.Tracer):
+    if isinstance(values, Tracer):
         return []
     numbers = np.asarray(values)
     low, high = int(numbers.min()), int(numbers.max())
@@ -220,10 +227,16 @@ def match_config(params: Params, config: Config) -> Config:
     changes: dict[str, Any] = {}
     ragged = {letter for letter, size in found.items() if len(size) > 1}
     pruned = {(len(schema.kept_heads(config, i)), schema.heads(config, i)[1]) for i in range(config.num_layers)}
-    fits = found["h"] == {h for h, _ in pruned} and found["g"] == {g for _, g in pruned} and found["l"] == {config.num_layers}
+    fits = (
+        found["h"] == {h for h, _ in pruned}
+        and found["g"] == {g for _, g in pruned}
+        and found["l"] == {config.num_layers}
+    )
     if ragged and not (fits and ragged <= {"h", "g"}):
         sizes = ", ".join(f"{schema.LETTERS[letter]}: {sorted(found[letter])}" for letter in sorted(ragged))
-        raise ValueError(f"match_config: layers differ in size ({sizes}), which config.pruned_heads does not explain; use prune_heads")
+        raise ValueError(
+            f"match_config: layers differ in size ({sizes}), which config.pruned_heads does not explain; use prune_heads"
+        )
     for letter, field in schema.SIZES.items():
         fixed = (letter in "hg" and fits) or (letter == "c" and config.task in schema.CLASSES)
         if letter in found and not fixed and hasattr(config, field):

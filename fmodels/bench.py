@@ -85,7 +85,9 @@ def _config(name: str) -> Any:
             tie_word_embeddings=True, task="causal-lm", eos_token_id=None,
         )  # fmt: skip
     if name == "minilm-shaped":
-        return fm.models.bert.Config(hidden_size=384, intermediate_size=1536, num_layers=6, head_dim=32, pooling="mean", normalize=True)
+        return fm.models.bert.Config(
+            hidden_size=384, intermediate_size=1536, num_layers=6, head_dim=32, pooling="mean", normalize=True
+        )
     return fm.models.gpt2.Config(task="causal-lm", eos_token_id=None)
 
 
@@ -116,7 +118,15 @@ def decode(name: str, batch: int, target: float, *, new_tokens: int = 64, repeat
     ours_s, theirs_s = median_of(run_ours, run_theirs, repeats=repeats)
     ours, reference = batch * new_tokens / ours_s, batch * new_tokens / theirs_s
     share = ours / batch * size / bandwidth()
-    yield Result(f"decode {name}, batch {batch}", ours, reference, "tokens/s", ours / reference, f">= {target}", f"{share:.0%} of memory bandwidth")
+    yield Result(
+        f"decode {name}, batch {batch}",
+        ours,
+        reference,
+        "tokens/s",
+        ours / reference,
+        f">= {target}",
+        f"{share:.0%} of memory bandwidth",
+    )
 
 
 def encode(*, repeats: int = 5) -> Iterator[Result]:
@@ -139,16 +149,26 @@ def encode(*, repeats: int = 5) -> Iterator[Result]:
         return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
     for batch, length, target in ((32, 128, 1.0), (1, 32, 1.5)):
-        tokens = random.integers(1, config.vocab_size, (batch, length))
-        ids, mask = torch.tensor(tokens), torch.ones(batch, length, dtype=torch.long)
+        tokens = jax.numpy.asarray(random.integers(1, config.vocab_size, (batch, length)), "int32")
+        ids, mask = torch.tensor(np.array(tokens)), torch.ones(batch, length, dtype=torch.long)
         ours_s, theirs_s = median_of(
             lambda tokens=tokens: jax.block_until_ready(fm.embed(params, config, tokens)),
             lambda ids=ids, mask=mask: pool(ids, mask),
             repeats=repeats,
         )
-        yield Result(f"encode {batch} × {length} tokens", batch / ours_s, batch / theirs_s, "texts/s", theirs_s / ours_s, f">= {target}")
+        yield Result(
+            f"encode {batch} × {length} tokens",
+            batch / ours_s,
+            batch / theirs_s,
+            "texts/s",
+            theirs_s / ours_s,
+            f">= {target}",
+        )
 
-    texts = [random.integers(1, config.vocab_size, n).tolist() for n in np.clip(random.lognormal(3.6, 0.7, 512), 4, 256).astype(int)]
+    texts = [
+        random.integers(1, config.vocab_size, n).tolist()
+        for n in np.clip(random.lognormal(3.6, 0.7, 512), 4, 256).astype(int)
+    ]
 
     def in_order() -> None:
         for first in range(0, len(texts), 32):
@@ -186,7 +206,8 @@ def load(*, repeats: int = 3) -> Iterator[Result]:
         size = (Path(folder) / "model.safetensors").stat().st_size
         warm = "import fmodels as fm, jax; jax.block_until_ready(jax.numpy.zeros(3))"  # the import, and the client of the CPU
         ours = {
-            form: f"params, config = fm.load({folder!r}, layers={form!r}); jax.block_until_ready(params)" for form in ("stacked", "list")
+            form: f"params, config = fm.load({folder!r}, layers={form!r}); jax.block_until_ready(params)"
+            for form in ("stacked", "list")
         }
         runs = {form: (warm, body) for form, body in ours.items()}
         runs["transformers"] = (
@@ -201,8 +222,17 @@ def load(*, repeats: int = 3) -> Iterator[Result]:
     seconds = {name: statistics.median(s for s, _ in pairs) for name, pairs in found.items()}
     memory = {name: statistics.median(m for _, m in pairs) for name, pairs in found.items()}
     for form, limit in (("stacked", 1.2), ("list", 1.05)):
-        yield Result(f"load, {form}", seconds[form] * 1e3, seconds["transformers"] * 1e3, "ms", seconds["transformers"] / seconds[form], ">= 5")
-        yield Result(f"peak memory of load, {form}", memory[form] / 1e6, size / 1e6, "MB", memory[form] / size, f"<= {limit}")
+        yield Result(
+            f"load, {form}",
+            seconds[form] * 1e3,
+            seconds["transformers"] * 1e3,
+            "ms",
+            seconds["transformers"] / seconds[form],
+            ">= 5",
+        )
+        yield Result(
+            f"peak memory of load, {form}", memory[form] / 1e6, size / 1e6, "MB", memory[form] / size, f"<= {limit}"
+        )
 
 
 def import_time(*, repeats: int = 5) -> Iterator[Result]:
@@ -212,7 +242,14 @@ def import_time(*, repeats: int = 5) -> Iterator[Result]:
         code = f"import time; begin = time.perf_counter(); import {module}; print(time.perf_counter() - begin)"
         _python(code)
         seconds[module] = statistics.median(float(_python(code)) for _ in range(repeats))
-    yield Result("import fmodels (against import jax)", seconds["fmodels"] * 1e3, seconds["jax"] * 1e3, "ms", seconds["fmodels"] / seconds["jax"], "<= 1.3")
+    yield Result(
+        "import fmodels (against import jax)",
+        seconds["fmodels"] * 1e3,
+        seconds["jax"] * 1e3,
+        "ms",
+        seconds["fmodels"] / seconds["jax"],
+        "<= 1.3",
+    )
 
 
 def compile_time() -> Iterator[Result]:
@@ -233,7 +270,7 @@ def compile_time() -> Iterator[Result]:
         lowered.compile()
         return time.perf_counter() - begin
 
-    with _no_compilation_cache():
+    with _NoCompilationCache():
         seconds(3)
         shallow, deep = (statistics.median(seconds(layers) for _ in range(3)) for layers in (12, 48))
     yield Result("compile gradient, 48 layers (against 12)", deep * 1e3, shallow * 1e3, "ms", deep / shallow, "<= 1.3")
@@ -243,14 +280,17 @@ def compile_time() -> Iterator[Result]:
         task="causal-lm", eos_token_id=None,
     )  # fmt: skip
     params = fm.init(config, jax.random.key(0))
-    from fmodels.generate import _generate
+    from fmodels import generate
 
-    before = _generate._cache_size()
+    program: Any = generate._generate
+    before = program._cache_size()
     lengths = range(33, 49)
     for length in lengths:
         fm.generate(params, config, np.ones((1, length), np.int32), max_new_tokens=4)
-    compiles = _generate._cache_size() - before
-    yield Result(f"compilations over {len(lengths)} prompt lengths of a bucket", compiles, 1, "programs", compiles, "<= 1")
+    compiles = program._cache_size() - before
+    yield Result(
+        f"compilations over {len(lengths)} prompt lengths of a bucket", compiles, 1, "programs", compiles, "<= 1"
+    )
 
 
 def to_torch() -> Iterator[Result]:
@@ -263,17 +303,28 @@ def to_torch() -> Iterator[Result]:
     for name in ("llama-50m", "gpt2-small"):
         config = _config(name)
         params = fm.init(config, jax.random.key(0))
-        ranges = [(leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes) for leaf in jax.tree.leaves(params)]
+        ranges = [
+            (leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes)
+            for leaf in jax.tree.leaves(params)
+        ]
         begin = time.perf_counter()
         tensors = it.to_torch(params, config)
         elapsed = time.perf_counter() - begin
         copied = [n for n, t in tensors.items() if not any(low <= t.data_ptr() < high for low, high in ranges)]
         # GPT-2's fused projection joins three leaves, which is the one thing that needs new memory.
         listed = [n for n in copied if n.endswith(("attn.c_attn.weight", "attn.c_attn.bias"))]
-        yield Result(f"to_torch {name}: tensors copied beyond the listed", len(copied) - len(listed), 0, "tensors", len(copied) - len(listed), "<= 0", f"{elapsed * 1e3:.1f} ms, {len(listed)} listed of {len(tensors)}")
+        yield Result(
+            f"to_torch {name}: tensors copied beyond the listed",
+            len(copied) - len(listed),
+            0,
+            "tensors",
+            len(copied) - len(listed),
+            "<= 0",
+            f"{elapsed * 1e3:.1f} ms, {len(listed)} listed of {len(tensors)}",
+        )
 
 
-class _no_compilation_cache:
+class _NoCompilationCache:
     """Compilations inside are real, whatever persistent cache is set."""
 
     def __enter__(self) -> None:
@@ -316,9 +367,22 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            model,
+        )
     versions = {name: version(name) for name in ("jax", "torch", "transformers", "numpy")}
-    return {"processor": model, "cores": os.cpu_count(), "threads": THREADS, "python": platform.python_version(), **versions}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": THREADS,
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def run(names: list[str] | None = None) -> Iterator[Result]:
@@ -341,8 +405,9 @@ def table(results: list[Result]) -> str:
     """The results as a Markdown table."""
     lines = ["| measured | fmodels | yardstick | unit | ratio | target | |", "|---|---:|---:|---|---:|---|---|"]
     for r in results:
-        mark = "" if r.good else "missed"
-        lines.append(f"| {r.name} | {r.ours:.4g} | {r.theirs:.4g} | {r.unit} | {r.ratio:.2f} | {r.target} | {'; '.join(filter(None, [mark, r.note]))} |")
+        notes = "; ".join(filter(None, ["" if r.good else "missed", r.note]))
+        numbers = f"{r.ours:.4g} | {r.theirs:.4g} | {r.unit} | {r.ratio:.2f} | {r.target}"
+        lines.append(f"| {r.name} | {numbers} | {notes} |")
     return "\n".join(lines)
 
 

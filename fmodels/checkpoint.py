@@ -38,7 +38,9 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     folder = folder if folder.is_dir() else folder.parent
     data = _read_json(folder / "config.json")
     if data is None:
-        raise FileNotFoundError(f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights")
+        raise FileNotFoundError(
+            f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights"
+        )
     if "model_type" not in data:
         raise ValueError(f"load: {str(folder / 'config.json')!r} has no 'model_type'")
     try:
@@ -47,7 +49,9 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
         raise ValueError(f"{error}\n(in {str(folder / 'config.json')!r})") from None
     options = _read_json(folder / "generation_config.json")
     if options is None and config.task in LM_TASKS:
-        options = {name: data[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if data.get(name) is not None}
+        options = {
+            name: data[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if data.get(name) is not None
+        }
     generation = None if options is None else GenerationConfig.from_hf(options)
     return dataclasses.replace(config, generation=generation, **read_pooling(folder))
 
@@ -121,8 +125,14 @@ def load(
     config = load_config(folder, task=task)
     tensors, _ = read_folder(folder, variant=variant) if folder.is_dir() else read_file(folder)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config, tied = _untie_if_different(config, tensors)
-    planned = layout.plan(shapes, config, new_head=task is not None and key is not None)
+    new_head = task is not None and key is not None
+    planned = layout.plan(shapes, config, new_head=new_head)
+    if (different := _tied_but_different(planned, tensors)) is not None:
+        layout.logger.warning(
+            "load: config.json ties the head, but %r differs from %r; loaded untied, as in transformers 5", *different
+        )
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        planned = layout.plan(shapes, config, new_head=new_head)
     _check_dtypes(planned, tensors, dtype)
     stacked = stacked and not schema.is_ragged(config)
     params = _read(planned, tensors, config, dtype, stacked, sharding)
@@ -131,24 +141,19 @@ def load(
     return params, config
 
 
-def _untie_if_different(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, bool]:
-    """A config that ties a head whose tensor on disk differs from the embedding is corrected, as transformers 5 does."""
-    if not config.tie_word_embeddings:
-        return config, False
-    planned = layout.plan({n: t.shape for n, t in tensors.items()}, config, new_head=True)
+def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The first tensor that should repeat another and does not, with that other."""
     where = {path: name for name, (rule, layer) in planned.tensors.items() if layer is None for path in rule.leaves}
     for name, leaf in planned.tied:
-        source = where.get(leaf)
-        if source is not None and not _same(tensors[name], tensors[source]):
-            layout.logger.warning(
-                "load: config.json ties the head, but %r differs from %r; it is loaded untied, as transformers 5 does", name, source
-            )
-            return dataclasses.replace(config, tie_word_embeddings=False), False
-    return config, True
+        if leaf in where and not _same(tensors[name], tensors[where[leaf]]):
+            return name, where[leaf]
+    return None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.array().view(np.uint8), b.array().view(np.uint8))
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.array().view(np.uint8), b.array().view(np.uint8))
+    )
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -294,7 +299,9 @@ def save(
     files = {"config.json": _json(data)}
     if config.generation is not None and config.task in LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
-    write_folder(folder, disk_tensors(params, config), format=format, max_shard_size=max_shard_size, variant=variant, files=files)
+    write_folder(
+        folder, disk_tensors(params, config), format=format, max_shard_size=max_shard_size, variant=variant, files=files
+    )
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
@@ -352,5 +359,11 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         save(params, config, folder)
         return hub.push(
-            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message
+            folder,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
         )

@@ -105,7 +105,9 @@ def stream(
     call = _prepare(params, config, tokens, mask, max_new_tokens, key, options)
 
     def steps() -> Iterator[np.ndarray]:
-        state = _start(params, config, call.tokens, call.mask, call.options, call.key, room=call.room, sampling=call.sampling)
+        state = _start(
+            params, config, call.tokens, call.mask, call.options, call.key, room=call.room, sampling=call.sampling
+        )
         for left in reversed(range(call.max_new_tokens)):
             yield np.asarray(state.token)
             if left == 0 or bool(state.done.all()):
@@ -122,7 +124,15 @@ def _bind(config: Config) -> decode.Forward:
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "sampling"))
 def _generate(
-    params: Params, config: Config, tokens: Array, mask: Array, options: decode.Options, key: Key, *, room: int, sampling: bool
+    params: Params,
+    config: Config,
+    tokens: Array,
+    mask: Array,
+    options: decode.Options,
+    key: Key,
+    *,
+    room: int,
+    sampling: bool,
 ) -> tuple[Array, Array, Array]:
     forward = _bind(config)
     slots = tokens.shape[1] + room
@@ -133,14 +143,24 @@ def _generate(
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "sampling"))
 def _start(
-    params: Params, config: Config, tokens: Array, mask: Array, options: decode.Options, key: Key, *, room: int, sampling: bool
+    params: Params,
+    config: Config,
+    tokens: Array,
+    mask: Array,
+    options: decode.Options,
+    key: Key,
+    *,
+    room: int,
+    sampling: bool,
 ) -> decode.State:
     slots = tokens.shape[1] + room
     return decode.start(_bind(config), params, tokens, mask, options, key, slots=slots, sampling=sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("state",))
-def _step(params: Params, config: Config, state: decode.State, options: decode.Options, *, sampling: bool) -> decode.State:
+def _step(
+    params: Params, config: Config, state: decode.State, options: decode.Options, *, sampling: bool
+) -> decode.State:
     return decode.step(_bind(config), params, state, options, sampling=sampling)
 
 
@@ -184,7 +204,8 @@ def _prepare(
     if config.task not in LM_TASKS or not getattr(config, "causal", True) or config.task == "masked-lm":
         raise ValueError(
             f"generate: expected a causal language model, got a {config.model_type} for task {config.task!r}; "
-            "load it with task='causal-lm'" + ("" if getattr(config, "causal", True) else " and is_decoder true in config.json")
+            "load it with task='causal-lm'"
+            + ("" if getattr(config, "causal", True) else " and is_decoder true in config.json")
         )
     prompt, present = _check_prompt(params, tokens, mask)
     rows = _rows(config, options, prompt.shape[0])
@@ -282,7 +303,9 @@ def _count(params: Params, options: GenerationConfig, max_new_tokens: int | None
     if count is None and options.max_length is not None:
         count = options.max_length - length
         if count < 1:
-            raise ValueError(f"generate: the prompt has {length} tokens, max_length={options.max_length} leaves no room; raise it")
+            raise ValueError(
+                f"generate: the prompt has {length} tokens, max_length={options.max_length} leaves no room; raise it"
+            )
     elif count is None:
         count = 20 if room is None else min(20, max(room, 1))
     if room is not None and count > room + 1:

@@ -64,7 +64,9 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
             if match in found:
                 problems.append(f"{name!r} and {found[match]!r} are the same tensor under two names")
             found[match] = name
-        elif (repeat := next((s for s in spellings if s in weights.tied and config.tie_word_embeddings), None)) is not None:
+        elif (
+            repeat := next((s for s in spellings if s in weights.tied and config.tie_word_embeddings), None)
+        ) is not None:
             tied.append((name, weights.tied[repeat]))
         elif weights.is_ignored(name):
             continue
@@ -90,9 +92,17 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
         if tuple(shapes[disk]) != want:
             problems.append(f"{disk!r} has shape {list(shapes[disk])}, expected {list(want)} by config.json")
     if problems:
-        raise ValueError(f"{what}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:200]) + _more(problems))
+        raise ValueError(
+            f"{what}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:200]) + _more(problems)
+        )
     if dropped:
-        logger.warning("%s: %d tensors belong to other heads than %r and are left out: %s", what, len(dropped), config.task, ", ".join(dropped))
+        logger.warning(
+            "%s: %d tensors belong to other heads than %r and are left out: %s",
+            what,
+            len(dropped),
+            config.task,
+            ", ".join(dropped),
+        )
     return Plan({found[n]: places[n] for n in places if n in found}, missing if new_head else {}, tied)
 
 
@@ -155,7 +165,10 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
     tensors: dict[str, Any] = {}
     for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
-        leaves = {path: flat[where[path]][layer] if stacked and layer is not None else flat[where[path]] for path in rule.leaves}
+        leaves = {
+            path: flat[where[path]][layer] if stacked and layer is not None else flat[where[path]]
+            for path in rule.leaves
+        }
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
     if tied and config.tie_word_embeddings:
@@ -177,7 +190,9 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
         (('layers.0.attention_norm.scale',), ('embed.tokens',), ('embed.tokens',))
     """
     weights = family(config).weights
-    names = {name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()}
+    names = {
+        name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
+    }
     if tied and config.tie_word_embeddings and _has_head(config):
         names |= {name: (leaf,) for name, leaf in weights.tied.items()}
     return names

@@ -182,7 +182,9 @@ def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = 
         {'embed': {'tokens': ShapeDtypeStruct(shape=(5, 4), dtype=float32)}}
     """
     stacked = stacked and not (config.pruned_heads and is_ragged(config))
-    return tree.unflatten({p: jax.ShapeDtypeStruct(shape(p, config), dtype) for p in paths(leaves, config, stacked=stacked)})
+    return tree.unflatten(
+        {p: jax.ShapeDtypeStruct(shape(p, config), dtype) for p in paths(leaves, config, stacked=stacked)}
+    )
 
 
 def check(params: Params, config: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
@@ -203,9 +205,15 @@ def check(params: Params, config: Any, required: Iterable[str], optional: Iterab
     for path in (*want, *may):
         if path in flat and tuple(flat[path].shape) != shape(path, config):
             letters = " ".join(axes(path))
-            problems.append(f"{path!r} has shape {tuple(flat[path].shape)}, but the config says ({letters}) = {shape(path, config)}")
+            problems.append(
+                f"{path!r} has shape {tuple(flat[path].shape)}, but the config says ({letters}) = {shape(path, config)}"
+            )
     if problems:
-        raise ValueError(f"check: {len(problems)} problems:\n  " + "\n  ".join(problems) + "\nUse match_config to repair the config of a tree edited by hand.")
+        raise ValueError(
+            f"check: {len(problems)} problems:\n  "
+            + "\n  ".join(problems)
+            + "\nUse match_config to repair the config of a tree edited by hand."
+        )
 
 
 def map_axes(function: Callable[[str, Any, int], Any], params: Params, letter: str) -> Params:

@@ -309,7 +309,7 @@ class TorchModel(nn.Module):
         if base is not None and not isinstance(base, fm.GenerationConfig):
             if not hasattr(base, "to_dict"):
                 raise TypeError(f"generate: generation_config must be an fm.GenerationConfig, got {_kind(base)}")
-            base = fm.GenerationConfig.from_hf(base.to_dict())
+            base = fm.GenerationConfig.from_hf({name: value for name, value in base.to_dict().items() if value is not None})
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
             self.params,

@@ -21,7 +21,13 @@ END = (7, 9)
 
 def build(name: str):
     torch.manual_seed(0)
-    shared = {"vocab_size": VOCAB, "attn_implementation": "eager", "pad_token_id": 3, "eos_token_id": list(END), "bos_token_id": 1}
+    shared = {
+        "vocab_size": VOCAB,
+        "attn_implementation": "eager",
+        "pad_token_id": 3,
+        "eos_token_id": list(END),
+        "bos_token_id": 1,
+    }
     if name == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=64, n_embd=24, n_layer=2, n_head=4, **shared))
     elif name == "llama":
@@ -85,10 +91,14 @@ def test_rows_end_early_and_are_filled_with_pad(llama):
     """With the likeliest tokens as end tokens, rows end at different times, as in transformers."""
     model, params, config = llama
     tokens, mask = prompts(4, 6)
-    free = fm.generate(params, config, tokens, mask=mask, max_new_tokens=12, options=fm.GenerationConfig(eos_token_id=[VOCAB - 1]))
+    free = fm.generate(
+        params, config, tokens, mask=mask, max_new_tokens=12, options=fm.GenerationConfig(eos_token_id=[VOCAB - 1])
+    )
     ends = sorted({int(free.tokens[0, 8]), int(free.tokens[1, 10]), int(free.tokens[2, 6])})
     want = theirs(model, tokens, mask, max_new_tokens=12, do_sample=False, eos_token_id=ends)
-    got = fm.generate(params, config, tokens, mask=mask, max_new_tokens=12, options=fm.GenerationConfig(eos_token_id=ends))
+    got = fm.generate(
+        params, config, tokens, mask=mask, max_new_tokens=12, options=fm.GenerationConfig(eos_token_id=ends)
+    )
     np.testing.assert_array_equal(got.tokens, want)
     assert len(set(np.asarray(got.lengths).tolist())) > 1
     assert got.logprobs.shape == (4, int(got.lengths.max()))
@@ -112,7 +122,7 @@ def test_padding_on_either_side_changes_nothing(pair):
 
 def test_pad_tokens_mask_themselves_as_in_transformers(llama):
     model, params, config = llama
-    tokens, mask = prompts(3, 9)
+    tokens, _ = prompts(3, 9)
     want = model.generate(torch.tensor(tokens), max_new_tokens=8, do_sample=False).numpy()
     np.testing.assert_array_equal(fm.generate(params, config, tokens, max_new_tokens=8).tokens, want)
 
@@ -170,7 +180,9 @@ def test_rules_equal_transformers_processors(kind, ours, theirs, values):
     logits = random_logits(kind)
     dtype = np.int32 if ours is rules.top_k else np.float32
     got = ours(jnp.asarray(logits), jnp.asarray(np.array(values, dtype)))
-    want = np.concatenate([theirs(v)(None, torch.tensor(row[None])).numpy() for v, row in zip(values, logits, strict=True)])
+    want = np.concatenate(
+        [theirs(v)(None, torch.tensor(row[None])).numpy() for v, row in zip(values, logits, strict=True)]
+    )
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -234,7 +246,9 @@ def test_a_row_draws_the_same_in_any_batch(llama):
     one = fm.generate(params, config, tokens[:1], mask=mask[:1], max_new_tokens=8, options=options, key=key).tokens
     n = min(three.shape[1], one.shape[1])
     np.testing.assert_array_equal(three[0, :n], one[0, :n])
-    other = fm.generate(params, config, tokens, mask=mask, max_new_tokens=8, options=options, key=jax.random.key(6)).tokens
+    other = fm.generate(
+        params, config, tokens, mask=mask, max_new_tokens=8, options=options, key=jax.random.key(6)
+    ).tokens
     assert other.shape != three.shape or (other != three).any()
 
 
@@ -248,7 +262,10 @@ def test_one_program_per_bucket(llama):
         options = fm.GenerationConfig(repetition_penalty=1 + length / 100, eos_token_id=[length, 2])
         fm.generate(params, config, prompts(2, length)[0], max_new_tokens=length, options=options)
     assert run._cache_size() == before
-    sampled = [fm.GenerationConfig(do_sample=True, temperature=t, top_k=k, top_p=p) for t, k, p in ((0.5, 3, 0.9), (2.0, 0, 1.0))]
+    sampled = [
+        fm.GenerationConfig(do_sample=True, temperature=t, top_k=k, top_p=p)
+        for t, k, p in ((0.5, 3, 0.9), (2.0, 0, 1.0))
+    ]
     for options in sampled:
         fm.generate(params, config, prompts(2, 18)[0], max_new_tokens=20, options=options, key=jax.random.key(0))
     assert run._cache_size() <= before + 1
@@ -261,7 +278,11 @@ def test_generation_config_is_read_and_written(llama, tmp_path):
     model.generation_config.update(do_sample=False, temperature=None, top_p=None)
     params, config = fm.load(tmp_path / "theirs")
     assert config.generation == fm.GenerationConfig.from_hf(config.generation.to_hf())
-    assert (config.generation.temperature, config.generation.eos_token_ids, config.generation.pad_token_id) == (0.6, (7, 9), 3)
+    assert (config.generation.temperature, config.generation.eos_token_ids, config.generation.pad_token_id) == (
+        0.6,
+        (7, 9),
+        3,
+    )
     with pytest.raises(ValueError, match="key"):
         fm.generate(params, config, [[12]], max_new_tokens=2)
     fm.save(params, config, tmp_path / "ours")
@@ -323,7 +344,8 @@ def test_positions_run_out():
         fm.generate(params, config, np.full((1, 65), 12))
     tokens = np.full((1, 60), 12)
     np.testing.assert_array_equal(
-        fm.generate(params, config, tokens, max_new_tokens=4).tokens, theirs(model, tokens, tokens * 0 + 1, max_new_tokens=4, do_sample=False)
+        fm.generate(params, config, tokens, max_new_tokens=4).tokens,
+        theirs(model, tokens, tokens * 0 + 1, max_new_tokens=4, do_sample=False),
     )
 
 

@@ -49,7 +49,9 @@ def families() -> str:
 def formats() -> str:
     rows = ["| format | files | read | write |", "|---|---|---|---|"]
     for name, kind in FORMATS.items():
-        rows.append(f"| {name} | `{kind.single()}`, sharded with `{kind.index()}` | yes | {'yes' if kind.write else 'no'} |")
+        rows.append(
+            f"| {name} | `{kind.single()}`, sharded with `{kind.index()}` | yes | {'yes' if kind.write else 'no'} |"
+        )
     return "\n".join(rows)
 
 
@@ -64,7 +66,9 @@ def bench() -> str:
         "|---|---:|---:|---:|---|",
     ]
     for r in data["results"]:
-        lines.append(f"| {r['name']} | {r['ours']:.4g} {r['unit']} | {r['theirs']:.4g} | {r['ratio']:.2f} | {r['target']} |")
+        lines.append(
+            f"| {r['name']} | {r['ours']:.4g} {r['unit']} | {r['theirs']:.4g} | {r['ratio']:.2f} | {r['target']} |"
+        )
     return "\n".join(lines)
 
 
@@ -74,7 +78,10 @@ GENERATED = {"tree": tree_picture, "families": families, "formats": formats, "be
 def written(text: str) -> str:
     for name, make in GENERATED.items():
         text = re.sub(
-            rf"<!-- {name} -->\n.*?<!-- /{name} -->", lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}\n<!-- /{n} -->", text, flags=re.S
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->",
+            lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}\n<!-- /{n} -->",
+            text,
+            flags=re.S,
         )
     return text
 
@@ -101,7 +108,9 @@ def test_python_runs(tmp_path, monkeypatch):
     assert len(found) >= 5
     for block in found:
         exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (fm.assets.TINY_LLAMA / "model.safetensors").read_bytes()
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (
+        fm.assets.TINY_LLAMA / "model.safetensors"
+    ).read_bytes()
     assert names["vectors"].shape == (2, 32)
 
 

@@ -190,7 +190,9 @@ class GenerationConfig:
             number("repetition_penalty", real, lambda x: 0 < x < float("inf"), "a number above 0"),
             number("pad_token_id", int, lambda x: x >= -1, "a token id"),
             number("bos_token_id", int, lambda x: True, "a token id"),
-            None if self.do_sample in (None, True, False) else f"do_sample must be True or False, got {self.do_sample!r}",
+            None
+            if self.do_sample in (None, True, False)
+            else f"do_sample must be True or False, got {self.do_sample!r}",
             None
             if all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.eos_token_ids)
             else f"eos_token_id must be a token id or a list of them, got {self.eos_token_id!r}",

@@ -48,7 +48,7 @@ class State(NamedTuple):
         position: `(b)` int32, where `token` stands.
         done: `(b)` bool, rows that have ended.
         lengths: `(b)` int32, new tokens so far, end token included.
-        count: `()` int32, steps so far.
+        steps: `()` int32, steps so far.
         seen: `(b v)` bool, tokens of the prompt and those generated.
         cache: keys and values of all tokens before `token`.
         key: random key of the next step.
@@ -59,14 +59,22 @@ class State(NamedTuple):
     position: Array
     done: Array
     lengths: Array
-    count: Array
+    steps: Array
     seen: Array
     cache: Cache
     key: Key
 
 
 def start(
-    forward: Forward, params: Params, tokens: Array, mask: Array, options: Options, key: Key, *, slots: int, sampling: bool
+    forward: Forward,
+    params: Params,
+    tokens: Array,
+    mask: Array,
+    options: Options,
+    key: Key,
+    *,
+    slots: int,
+    sampling: bool,
 ) -> State:
     """Reads the prompts and chooses the first new token of each row.
 
@@ -81,7 +89,14 @@ def start(
         sampling: whether any row samples; static.
     """
     batch, length = tokens.shape
-    out = forward(params, tokens, mask=mask, positions=from_mask(mask), cache=init_cache(params, batch, length), select=last_real(mask))
+    out = forward(
+        params,
+        tokens,
+        mask=mask,
+        positions=from_mask(mask),
+        cache=init_cache(params, batch, length),
+        select=last_real(mask),
+    )
     assert out.logits is not None and out.cache is not None
     rows = jnp.arange(batch)[:, None]
     seen = jnp.zeros((batch, out.logits.shape[-1]), bool).at[rows, tokens].max(mask)
@@ -91,7 +106,7 @@ def start(
         position=mask.sum(-1, dtype=jnp.int32) - 1,
         done=jnp.zeros(batch, bool),
         lengths=jnp.zeros(batch, jnp.int32),
-        count=jnp.zeros((), jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
         seen=seen,
         cache=_grow(out.cache, slots),
         key=key,
@@ -155,7 +170,7 @@ def _choose(state: State, logits: Array, options: Options, sampling: bool) -> St
         position=state.position + 1,
         done=state.done | ended,
         lengths=state.lengths + (~state.done).astype(jnp.int32),
-        count=state.count + 1,
+        steps=state.steps + 1,
         seen=state.seen.at[jnp.arange(batch), token].max(~state.done),
         key=key,
     )
@@ -167,7 +182,7 @@ def loop(
     """Steps until every row has ended or `max_new_tokens` are there.
 
     Returns:
-        Tokens `(b room)` int32 and their log-probabilities, of which the first `state.count` columns are written, and
+        Tokens `(b room)` int32 and their log-probabilities, of which the first `state.steps` columns are written, and
         the last state.
     """
     batch = state.token.shape[0]
@@ -178,11 +193,11 @@ def loop(
 
     def more(carry: Any) -> Array:
         state = carry[2]
-        return (state.count < options.max_new_tokens) & ~state.done.all()
+        return (state.steps < options.max_new_tokens) & ~state.done.all()
 
     def body(carry: Any) -> Any:
         tokens, logprobs, state = carry
-        count = state.count
+        count = state.steps
         state = step(forward, params, state, options, sampling=sampling)
         return put(tokens, state.token, count), put(logprobs, state.logprob, count), state
 

@@ -149,7 +149,9 @@ class Config:
         spelling = {key: field for field, key in cls.HF.items()}
         sizes = {key: data[key] for field, key in cls.HF.items() if field in SIZES and data.get(key) is not None}
         if wrong := [f"{key}={value!r}" for key, value in sizes.items() if not _is_size(value)]:
-            raise ValueError(f"{cls.model_type}.Config.from_hf: sizes are positive integers; config.json says {', '.join(wrong)}")
+            raise ValueError(
+                f"{cls.model_type}.Config.from_hf: sizes are positive integers; config.json says {', '.join(wrong)}"
+            )
         own = cls.read_special(data, fields, problems)
         for key, value in data.items():
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
@@ -165,10 +167,10 @@ class Config:
                 if not data.get("id2label") and value is not None:
                     fields["num_labels"] = value
             elif key == "pruned_heads":
-                fields[key] = tuple(sorted((int(l), tuple(sorted(map(int, hs)))) for l, hs in (value or {}).items() if hs))
-            elif key in cls.IRRELEVANT or key in IRRELEVANT:
-                extra.append((key, json.dumps(value)))
-            elif value in {**DEFAULTS, **cls.DEFAULTS}.get(key, ()):
+                fields[key] = tuple(
+                    sorted((int(l), tuple(sorted(map(int, hs)))) for l, hs in (value or {}).items() if hs)
+                )
+            elif key in cls.IRRELEVANT or key in IRRELEVANT or value in {**DEFAULTS, **cls.DEFAULTS}.get(key, ()):
                 extra.append((key, json.dumps(value)))
             elif key in {**DEFAULTS, **cls.DEFAULTS}:
                 supported = " or ".join(map(repr, {**DEFAULTS, **cls.DEFAULTS}[key]))
@@ -178,7 +180,9 @@ class Config:
         if problems:
             raise ValueError(
                 f"{cls.model_type}.Config.from_hf: config.json has {len(problems)} entries that would change the numbers or "
-                "that are not understood:\n  " + "\n  ".join(problems) + "\nRemove a key only if you know that the model does not use it."
+                "that are not understood:\n  "
+                + "\n  ".join(problems)
+                + "\nRemove a key only if you know that the model does not use it."
             )
         fields["task"] = task or cls.task_of(data.get("architectures"))
         fields["extra"] = tuple(extra)
@@ -256,7 +260,10 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
     """
     if leaves is None:
         # Optional leaves are what a new model has too, apart from those that exist only to keep old bytes.
-        leaves = [*weights.leaves(config), *(p for p in weights.leaves(config, optional=True) if not p.endswith("spare_bias"))]
+        leaves = [
+            *weights.leaves(config),
+            *(p for p in weights.leaves(config, optional=True) if not p.endswith("spare_bias")),
+        ]
     shapes = tree.flatten(schema.abstract(leaves, config, dtype))
     draws: dict[str, Array] = {}
     for subkey, (path, leaf) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
@@ -271,7 +278,14 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
 
 
 def decoder_head(
-    params: Params, config: Config, hidden: Array, *, tokens: Array, mask: Array | None, cache: Cache | None, select: Array | None
+    params: Params,
+    config: Config,
+    hidden: Array,
+    *,
+    tokens: Array,
+    mask: Array | None,
+    cache: Cache | None,
+    select: Array | None,
 ) -> Output:
     """The heads that decoders have: language model, classification of the sequence or of tokens, question answering.
 

@@ -138,8 +138,16 @@ WEIGHTS = Weights(
         Rule("cls.predictions.bias", "lm_head.spare_bias", tasks=LM, when="untied", optional=True),
         Rule("cls.seq_relationship.weight", "classifier.weight", tasks=("next-sentence", "pretraining")),
         Rule("cls.seq_relationship.bias", "classifier.bias", tasks=("next-sentence", "pretraining")),
-        Rule("classifier.weight", "classifier.weight", tasks=("sequence-classification", "token-classification", "multiple-choice")),
-        Rule("classifier.bias", "classifier.bias", tasks=("sequence-classification", "token-classification", "multiple-choice")),
+        Rule(
+            "classifier.weight",
+            "classifier.weight",
+            tasks=("sequence-classification", "token-classification", "multiple-choice"),
+        ),
+        Rule(
+            "classifier.bias",
+            "classifier.bias",
+            tasks=("sequence-classification", "token-classification", "multiple-choice"),
+        ),
         Rule("qa_outputs.weight", "classifier.weight", tasks=("question-answering",)),
         Rule("qa_outputs.bias", "classifier.bias", tasks=("question-answering",)),
     ),
@@ -189,7 +197,9 @@ def _head(params: Params, config: Config, out: Output, select: Array | None) -> 
     if config.task in LM:
         chosen = hidden if select is None else at(hidden, select)[:, None]
         transformed = activation(config.activation)(linear(params["lm_transform"]["dense"], chosen, "btd,ed->bte"))
-        out = out._replace(logits=lm_logits(params, layer_norm(params["lm_transform"]["norm"], transformed, config.norm_eps)))
+        out = out._replace(
+            logits=lm_logits(params, layer_norm(params["lm_transform"]["norm"], transformed, config.norm_eps))
+        )
     if config.task in POOLED:
         assert out.pooled is not None
         logits = linear(params["classifier"], out.pooled, "bd,cd->bc").astype(jnp.float32)

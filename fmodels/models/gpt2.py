@@ -106,7 +106,12 @@ WEIGHTS = Weights(
         Rule("@wpe.weight", "embed.positions"),
         Rule("@h.{l}.ln_1.weight", "layers.attention_norm.scale"),
         Rule("@h.{l}.ln_1.bias", "layers.attention_norm.bias"),
-        Rule("@h.{l}.attn.c_attn.weight", tuple(f"{n}.weight" for n in ATTENTION), ("d (h k)", "d (g k)", "d (g k)"), along=1),
+        Rule(
+            "@h.{l}.attn.c_attn.weight",
+            tuple(f"{n}.weight" for n in ATTENTION),
+            ("d (h k)", "d (g k)", "d (g k)"),
+            along=1,
+        ),
         Rule("@h.{l}.attn.c_attn.bias", tuple(f"{n}.bias" for n in ATTENTION), ("(h k)", "(g k)", "(g k)")),
         Rule("@h.{l}.attn.c_proj.weight", "layers.attention.output.weight", "(h k) d"),
         Rule("@h.{l}.attn.c_proj.bias", "layers.attention.output.bias"),
@@ -159,7 +164,9 @@ def forward(
         scale = jnp.float32(1 / math.sqrt(config.head_dim) if config.scale_attention else 1.0)
         if config.scale_attention_by_inverse_layer:
             scale = scale / (jnp.asarray(index, jnp.float32) + 1)
-        y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, scale=scale)
+        y, slot = attention(
+            p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, scale=scale
+        )
         x = x + y
         return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 

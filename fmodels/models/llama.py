@@ -114,8 +114,16 @@ class Config(BaseConfig):
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         hidden, heads = data.get("hidden_size", cls.hidden_size), data.get("num_attention_heads", cls.num_heads)
         fields.update(num_kv_heads=heads, head_dim=hidden // heads)
-        fields["rope"] = read_rope(data, fields, problems, max_positions=data.get("max_position_embeddings", cls.max_positions))
-        return {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+        fields["rope"] = read_rope(
+            data, fields, problems, max_positions=data.get("max_position_embeddings", cls.max_positions)
+        )
+        return {
+            "rope_parameters",
+            "rope_scaling",
+            "rope_theta",
+            "partial_rotary_factor",
+            "original_max_position_embeddings",
+        }
 
     def write_special(self) -> dict[str, Any]:
         return write_rope(self.rope)
@@ -137,16 +145,25 @@ def read_rope(data: Mapping[str, Any], fields: dict[str, Any], problems: list[st
         found["original_max_position_embeddings"] = data["original_max_position_embeddings"]
     elif kind in ("yarn", "longrope", "llama3"):
         found.setdefault("original_max_position_embeddings", max_positions)
-    problems += [f"rope parameter {key!r} (value {value!r}) is not understood" for key, value in found.items() if key not in ROPE_KEYS]
+    problems += [
+        f"rope parameter {key!r} (value {value!r}) is not understood"
+        for key, value in found.items()
+        if key not in ROPE_KEYS
+    ]
     problems += [f"rope_type={kind!r} needs {key!r}" for key in ROPE_NEEDS[kind] if key not in found]
     if kind != "proportional" and found.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={found['partial_rotary_factor']!r} with rope_type={kind!r} is not supported")
+        problems.append(
+            f"partial_rotary_factor={found['partial_rotary_factor']!r} with rope_type={kind!r} is not supported"
+        )
     size = (data.get("head_dim") or fields["head_dim"]) // 2
     for key in ("short_factor", "long_factor"):
         if key in found and len(found[key]) != size:
-            problems.append(f"rope parameter {key!r} has {len(found[key])} numbers, expected {size}, half of the head size")
-    values = {field: found[key] for key, field in ROPE_KEYS.items() if key in found}
-    return Rope(**{f: tuple(v) if isinstance(v, list) else v for f, v in values.items()} | {"type": kind})
+            problems.append(
+                f"rope parameter {key!r} has {len(found[key])} numbers, expected {size}, half of the head size"
+            )
+    values: dict[str, Any] = {field: found[key] for key, field in ROPE_KEYS.items() if key in found}
+    values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    return Rope(**{**values, "type": kind})
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -157,7 +174,9 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         for key, value in values.items()
         if key == "rope_type" or value != getattr(Rope(), ROPE_KEYS[key]) or key == "rope_theta"
     }
-    scaling = None if rope.type == "default" else {key: value for key, value in parameters.items() if key != "rope_theta"}
+    scaling = (
+        None if rope.type == "default" else {key: value for key, value in parameters.items() if key != "rope_theta"}
+    )
     return {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": scaling}
 
 
@@ -218,7 +237,9 @@ def forward(
     rope = rope_tables(config.rope, positions, config.head_dim, config.max_positions)
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
-        y, slot = attention(p["attention"], rms_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, rope=rope)
+        y, slot = attention(
+            p["attention"], rms_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, rope=rope
+        )
         x = x + y
         return x + mlp(p["mlp"], rms_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 

@@ -97,9 +97,9 @@ def _frequencies(rope: Rope, dim: int, max_positions: int, length: Array) -> tup
         return jnp.where(length > original, jnp.asarray(long), jnp.asarray(short)), factor
 
     if rope.type == "yarn":
-        return jnp.asarray(_yarn(rope, dim, exponents, rope.factor or max_positions / original, original)), _yarn_factor(
-            rope, rope.factor or max_positions / original
-        )
+        return jnp.asarray(
+            _yarn(rope, dim, exponents, rope.factor or max_positions / original, original)
+        ), _yarn_factor(rope, rope.factor or max_positions / original)
 
     if rope.type == "llama3":
         assert rope.factor is not None and rope.low_freq_factor is not None and rope.high_freq_factor is not None
