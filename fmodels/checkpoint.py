@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,55 +179,77 @@ def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: An
 def _read(
     planned: layout.Plan, tensors: Mapping[str, Tensor], config: Config, dtype: Any, stacked: bool, sharding: Any
 ) -> Params:
-    """Reads each tensor once, straight to where it stays: into its layer of the stacked leaf, or mapped as it lies."""
-    flat_sharding = tree.flatten(sharding) if isinstance(sharding, dict) else None
-    total = sum(tensors[name].nbytes for name in planned.tensors)
+    """Reads each tensor once, straight to where it stays: into its layer of the stacked leaf, or mapped as it lies.
+
+    One kind of tensor after the other, its layers in parallel, so that the host never holds more than one stacked leaf
+    beside what is on its device already.
+    """
+    shardings = tree.flatten(sharding) if isinstance(sharding, dict) else None
+    kinds: dict[rules.Rule, list[tuple[Tensor, int | None]]] = {}
+    for name, (rule, layer) in planned.tensors.items():
+        kinds.setdefault(rule, []).append((tensors[name], layer))
     leaves: dict[str, Any] = {}
-    waiting: dict[str, int] = {}
-    for rule, layer in planned.tensors.values():
-        if stacked and layer is not None:
-            for path in rule.leaves:
-                waiting[path] = waiting.get(path, 0) + 1
-    place_on = lambda path, a: _to_device(a, flat_sharding[path] if flat_sharding is not None else sharding)  # noqa: E731
-    with tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for name, (rule, layer) in planned.tensors.items():
-            tensor, size = tensors[name], schema.sizes(config, layer)
-            where = rules.layer_leaves(rule, layer)
-            target = _target_dtype(tensor.dtype, dtype)
-            if not stacked or layer is None:
-                for path, part in rules.from_disk(rule, tensor.array(), size).items():
-                    leaves[where[path]] = place_on(where[path], np.asarray(part, target))
+    total = sum(tensors[name].nbytes for name in planned.tensors)
+    with (
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+        tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        for rule, members in kinds.items():
+            target = _target_dtype(members[0][0].dtype, dtype)
+            done: dict[str, np.ndarray] = {}
+            if stacked and members[0][1] is not None:
+                shapes = {path: (config.num_layers, *schema.shape(path, config)[1:]) for path in rule.leaves}
+                done = {path: aligned_empty(shape, target) for path, shape in shapes.items()}
+                read = functools.partial(_read_layer, rule, config, done)
             else:
-                for path in rule.leaves:
-                    if path not in leaves:
-                        leaves[path] = aligned_empty((config.num_layers, *schema.shape(path, config)[1:]), target)
-                _fill(rule, tensor, {path: leaves[path][layer] for path in rule.leaves}, size)
-                for path in rule.leaves:
-                    waiting[path] -= 1
-                    if not waiting[path]:
-                        leaves[path] = place_on(path, leaves[path])
-            bar.update(tensor.nbytes)
-    order = schema.AXES
-    return tree.unflatten(dict(sorted(leaves.items(), key=lambda kv: _rank(kv[0], list(order)))))
+                read = functools.partial(_read_alone, rule, config, target)
+            for (tensor, _), parts in zip(members, pool.map(read, *zip(*members, strict=True)), strict=True):
+                done.update(parts)
+                bar.update(tensor.nbytes)
+            for path, array in done.items():
+                leaves[path] = _to_device(array, sharding if shardings is None else shardings[path])
+    order = list(schema.AXES)
+    return tree.unflatten(dict(sorted(leaves.items(), key=lambda item: _rank(item[0], order))))
 
 
 def _rank(path: str, order: list[str]) -> tuple[int, int]:
+    """Sorts leaves as in the table of axes, layer by layer."""
     parts = path.split(".")
     layer = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
     return order.index("layers.attention_norm.scale") if parts[0] == "layers" else order.index(path), layer
 
 
-def _fill(rule: rules.Rule, tensor: Tensor, out: dict[str, np.ndarray], size: Mapping[str, int]) -> None:
-    (first, *others) = out.values()
-    whole = not others and rules._axis_order(rule.leaves[0], rule.layouts[0]) == tuple(range(first.ndim))
-    if whole and first.dtype == tensor.dtype:
+def _read_layer(
+    rule: rules.Rule, config: Config, stacked: dict[str, np.ndarray], tensor: Tensor, layer: int
+) -> dict[str, np.ndarray]:
+    """Reads a tensor into its layer of the stacked leaves, without an intermediate copy where the layouts agree."""
+    out = {path: leaf[layer] for path, leaf in stacked.items()}
+    first = out[rule.leaves[0]]
+    if rules.is_same_order(rule) and first.dtype == tensor.dtype:
         tensor.read_into(first.reshape(tensor.shape))
-        return
-    # Read, not mapped: mapped pages of the file would count as memory of the process beside their copy.
-    scratch = np.empty(tensor.shape, tensor.dtype)
-    tensor.read_into(scratch)
-    for path, part in rules.from_disk(rule, scratch, size).items():
-        out[path][...] = part.astype(out[path].dtype, copy=False)
+    else:
+        for path, part in rules.from_disk(rule, _read_whole(tensor), schema.sizes(config, layer)).items():
+            out[path][...] = part.astype(out[path].dtype, copy=False)
+    return {}
+
+
+def _read_alone(
+    rule: rules.Rule, config: Config, target: np.dtype, tensor: Tensor, layer: int | None
+) -> dict[str, np.ndarray]:
+    """The leaves of a tensor, mapped if XLA can take them over as they lie.
+
+    Mapped pages count as memory of the process, so a tensor that will be copied anyway is read and not mapped.
+    """
+    mapped = rules.is_same_order(rule) and tensor.dtype == target and (tensor.file is None or not tensor.offset % ALIGNMENT)
+    parts = rules.from_disk(rule, tensor.array() if mapped else _read_whole(tensor), schema.sizes(config, layer))
+    where = rules.layer_leaves(rule, layer)
+    return {where[path]: part.astype(target, copy=False) for path, part in parts.items()}
+
+
+def _read_whole(tensor: Tensor) -> np.ndarray:
+    out = aligned_empty(tensor.shape, tensor.dtype)
+    tensor.read_into(out)
+    return out
 
 
 def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:

@@ -372,7 +372,8 @@ def _generate(args: argparse.Namespace) -> int:
     folder = _resolve(args)
     home = folder if folder.is_dir() else folder.parent
     tokenizer = None if rows else read_tokenizer(home)
-    rows = rows or [encoding.ids for encoding in tokenizer.encode_batch(args.prompts)]
+    if tokenizer is not None:
+        rows = [encoding.ids for encoding in tokenizer.encode_batch(args.prompts)]
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ValueError(f"prompt {empty[0]} has no tokens; write at least one")
     params, config = load(folder, layers="list")

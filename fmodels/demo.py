@@ -25,7 +25,6 @@ from fmodels.transforms.counting import num_parameters
 from fmodels.transforms.embeddings import resize_embeddings
 from fmodels.transforms.heads import mask_heads, prune_heads
 from fmodels.transforms.importance import least_important_heads
-from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Params
 from fmodels.verify import departure, read_with_transformers, same_bytes, verify
 
@@ -34,7 +33,7 @@ NEW_TOKENS = 72
 NEW_WORDS = 10
 HEADS = 8
 WINDOW = 256
-PARTS = {"scores": slice(0, 8), "measures": slice(8, 48)}
+PARTS = {"scores": slice(0, 8), "measures": slice(8, 40)}
 """Which windows of the held-out text choose the heads, and which measure every loss."""
 
 
@@ -128,9 +127,8 @@ def _generate(params: Params, config: Config, tokenizer: Any) -> list[int]:
         "sampled, temperature 0.8, top_p 0.95, key 0": GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95),
     }
     tokens = [tokenizer.encode(PROMPT).ids] * len(rows)
-    layers = unstack_layers(params)
     key, options = jax.random.key(0), list(rows.values())
-    out = generate(layers, config, tokens, max_new_tokens=NEW_TOKENS, key=key, options=options)
+    out = generate(params, config, tokens, max_new_tokens=NEW_TOKENS, key=key, options=options)
     count = len(tokens[0]) + np.asarray(out.lengths)
     ids = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), count, strict=True)]
     for name, row in zip(rows, ids, strict=True):

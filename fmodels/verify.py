@@ -653,7 +653,8 @@ def _transformers_outputs(out: Any) -> dict[str, Any]:
     """By the names of `fm.Output`."""
     import torch
 
-    found = {"hidden_states": torch.stack(tuple(out.hidden_states))}
+    states = out.hidden_states  # GPT-2's last is by choices already, where there are choices
+    found = {"hidden_states": torch.stack([state.reshape(states[0].shape) for state in states])}
     if out.get("last_hidden_state") is not None:
         found["hidden"] = out.last_hidden_state
     if out.get("pooler_output") is not None:

@@ -111,7 +111,9 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
     """
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
     if not isinstance(tensors, Mapping):
-        raise TypeError(f"from_torch: expected a state dict or an nn.Module, got {_kind(source)}; pass model.state_dict()")
+        raise TypeError(
+            f"from_torch: expected a state dict or an nn.Module, got {_kind(source)}; pass model.state_dict()"
+        )
     if odd := {name: _kind(value) for name, value in tensors.items() if not isinstance(value, Tensor)}:
         raise TypeError(
             f"from_torch: not tensors: {', '.join(f'{name!r} ({kind})' for name, kind in odd.items())}; "
@@ -309,7 +311,9 @@ class TorchModel(nn.Module):
         if base is not None and not isinstance(base, fm.GenerationConfig):
             if not hasattr(base, "to_dict"):
                 raise TypeError(f"generate: generation_config must be an fm.GenerationConfig, got {_kind(base)}")
-            base = fm.GenerationConfig.from_hf({name: value for name, value in base.to_dict().items() if value is not None})
+            base = fm.GenerationConfig.from_hf(
+                {name: value for name, value in base.to_dict().items() if value is not None}
+            )
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
             self.params,
@@ -338,7 +342,9 @@ class TorchModel(nn.Module):
             The module of the input embedding, whose `.weight` is the Parameter.
         """
         if new_size is not None or pad_to_multiple_of is not None:
-            changed = fm.resize_embeddings(self.params, self.config, new_size, pad_to_multiple_of=pad_to_multiple_of, **options)
+            changed = fm.resize_embeddings(
+                self.params, self.config, new_size, pad_to_multiple_of=pad_to_multiple_of, **options
+            )
             self._replace(*changed)
         return self.get_input_embeddings()
 
@@ -354,8 +360,14 @@ class TorchModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables of tokens, positions and types."""
         tables = {("embed.tokens",), ("embed.positions",), ("embed.types",)}
-        left_out = {n for n, leaves in fm.disk_names(self.config).items() if leaves in tables} if exclude_embeddings else set()
-        return sum(p.numel() for n, p in self.named_parameters() if n not in left_out and (p.requires_grad or not only_trainable))
+        left_out = (
+            {n for n, leaves in fm.disk_names(self.config).items() if leaves in tables} if exclude_embeddings else set()
+        )
+        return sum(
+            p.numel()
+            for n, p in self.named_parameters()
+            if n not in left_out and (p.requires_grad or not only_trainable)
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
@@ -410,7 +422,9 @@ class _Call:
         self.fields: list[str] = []
 
     def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
-        out = _run({name: _to_jax(name, t) for name, t in zip(self.names, tensors, strict=True)}, self.inputs, **self.static)
+        out = _run(
+            {name: _to_jax(name, t) for name, t in zip(self.names, tensors, strict=True)}, self.inputs, **self.static
+        )
         return self._finish(out, out)
 
     def run_with_vjp(self, tensors: Iterable[Tensor], trained: Iterable[bool]) -> tuple[dict[str, jax.Array], Any]:
@@ -438,16 +452,17 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.call = call
         out, ctx.vjp = call.run_with_vjp(tensors, ctx.needs_input_grad[1:])
-        ctx.like = {name: (value.shape, value.dtype) for name, value in out.items()}
-        return tuple(_to_tensor(value) for value in out.values())
+        values = tuple(_to_tensor(value) for value in out.values())
+        ctx.like = [(value.shape, value.dtype) for value in values]
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         _ = ctx.saved_tensors  # raises if one was changed in place since
         cotangents = {
-            name: jnp.zeros(*like) if gradient is None else _to_jax(name, gradient)
-            for (name, like), gradient in zip(ctx.like.items(), gradients, strict=True)
+            name: _to_jax(name, torch.zeros(shape, dtype=dtype) if gradient is None else gradient)
+            for name, (shape, dtype), gradient in zip(ctx.call.fields, ctx.like, gradients, strict=True)
         }
         found = jax.block_until_ready(_backward(ctx.vjp, cotangents))
         return None, *(_to_tensor(found[name]) if name in found else None for name in ctx.call.names)
@@ -461,7 +476,9 @@ def _run(tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, hidden
 
 @functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
 def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, hidden_states: bool) -> tuple[Any, Any]:
-    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, hidden_states=hidden_states), trained)
+    return jax.vjp(
+        lambda tensors: _run({**tensors, **fixed}, inputs, config=config, hidden_states=hidden_states), trained
+    )
 
 
 @jax.jit
@@ -587,7 +604,9 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 def _to_numpy(tensor: Tensor, where: str) -> np.ndarray:
     """The tensor's own memory as an array of numpy; a copy from other devices."""
     if tensor.layout != torch.strided or tensor.is_quantized:
-        raise TypeError(f"{where} is a {'quantized' if tensor.is_quantized else tensor.layout} tensor; expected a dense one")
+        raise TypeError(
+            f"{where} is a {'quantized' if tensor.is_quantized else tensor.layout} tensor; expected a dense one"
+        )
     if tensor.device.type == "meta":
         raise ValueError(f"{where} is on the meta device and has no numbers; load the module first")
     tensor = tensor.detach().cpu()

@@ -50,24 +50,16 @@ def to_transformers(
         hf_config._attn_implementation = attn_implementation
     with no_init_weights():
         model = getattr(transformers, data["architectures"][0])(hf_config)
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in to_torch(params, config).items()}
-    _leave_out_optional(model, tensors)
+    tensors = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in to_torch(params, config).items()
+    }
+    if not any(name.startswith("pooler.") for name in tensors) and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # BERT's base model may come without one
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     if config.generation is not None and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_dict(config.generation.to_hf())
     return model.eval()
-
-
-def _leave_out_optional(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """What a tree may lack and the class has: the pooler is removed, a bias that nothing reads is zero."""
-    for name, empty in model.state_dict().items():
-        if name in tensors:
-            continue
-        if name.startswith("pooler."):
-            model.pooler = None
-        else:
-            tensors[name] = torch.zeros_like(empty)
 
 
 def from_transformers(model: transformers.PreTrainedModel) -> tuple[fm.Params, Any]:

@@ -70,15 +70,17 @@ def attention(
 
 
 def dot_product(query: Array, keys: Array, values: Array, attend: Array, scale: Any) -> Array:
-    """Softmax attention of `(b t h k)` over `(b g s k)`, heads of a group side by side; returns `(b t h k)`."""
+    """Softmax attention of `(b t h k)` over `(b g s k)`, heads of a group side by side; returns `(b t h k)`.
+
+    The queries of a group become the rows of one matrix, `n` of them: on CPU, XLA's products and softmax over arrays of
+    four axes run at up to three times the speed of those over five.
+    """
     b, t, h, k = query.shape
-    groups = keys.shape[1]
-    query = query.reshape(b, t, groups, h // groups, k)
+    groups, each = keys.shape[1], h // keys.shape[1]
+    rows = query.reshape(b, t, groups, each, k).transpose(0, 2, 3, 1, 4).reshape(b, groups, each * t, k)
     full = precision(query.dtype)
-    scores = jnp.einsum(
-        "btgqk,bgsk->bgqts", query, keys.astype(query.dtype), precision=full, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(attend[:, None, None], scores * scale, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    context = jnp.einsum("bgqts,bgsk->btgqk", weights, values.astype(query.dtype), precision=full)
-    return context.reshape(b, t, h, k)
+    scores = jnp.einsum("bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32)
+    seen = jnp.tile(attend, (1, each, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(jnp.float32).min), axis=-1).astype(rows.dtype)
+    context = jnp.einsum("bgns,bgsk->bgnk", weights, values.astype(rows.dtype), precision=full)
+    return context.reshape(b, h, t, k).swapaxes(1, 2)

@@ -79,6 +79,14 @@ def _axis_order(leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(order)
 
 
+def is_same_order(rule: Rule) -> bool:
+    """True if the tensor on disk is its leaf but for a reshape."""
+    if len(rule.leaves) > 1:
+        return False
+    order = _axis_order(rule.leaves[0], rule.layouts[0])
+    return order == tuple(range(len(order)))
+
+
 def disk_shape(rule: Rule, size: Mapping[str, int]) -> tuple[int, ...]:
     """The shape on disk for the given size of each letter."""
     shapes = [[_product(size[letter] for letter in group) for group in groups] for groups in rule.layouts]

@@ -83,20 +83,15 @@ def test_what_a_tree_may_lack(case):
     row = case("bert/masked-lm/untied")
     without = fm.tree.remove(row.params, "lm_head.spare_bias")
     model = to_transformers(without, row.config, attn_implementation="eager")
-    assert not model.cls.predictions.bias.any()
+    assert torch.equal(model.cls.predictions.bias, model.cls.predictions.decoder.bias)
     got = families.reference(model, row.inputs())
     assert np.array_equal(got["logits"], row.reference()["logits"])
 
 
-def test_pruned_models_are_refused_and_masked_ones_are_not(case):
+def test_pruned_models_are_refused(case):  # masked ones are not: tests/interop/test_torch.py compares the two
     row = case("gpt2/causal-lm")
-    pruned = fm.prune_heads(row.params, row.config, {1: [0]})
     with pytest.raises(ValueError, match="mask_heads"):
-        to_transformers(*pruned)
-    masked = to_transformers(fm.mask_heads(row.params, row.config, {1: [0]}), row.config, attn_implementation="eager")
-    want = families.reference(masked, row.inputs())["logits"]
-    got = row.forward(params=pruned[0], config=pruned[1], hidden_states=False).logits
-    np.testing.assert_allclose(np.asarray(got), want, atol=1e-5, rtol=1e-5)
+        to_transformers(*fm.prune_heads(row.params, row.config, {1: [0]}))
 
 
 def test_wrong_arguments(case):
