@@ -41,7 +41,7 @@ class Output(NamedTuple):
         pooled: `(b d)`, the pooler's output, if the model has a pooler.
         sequence_logits: float32; the second head of models that have two: `(b 2)` for BERT's pretraining task,
             `(b n)` for GPT-2's double heads.
-        hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`.
+        hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`; `b` counts every choice.
     """
 
     logits: Array | None = None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.core import Tracer
 from torch import Tensor, nn
 
 import fmodels as fm
@@ -170,6 +171,9 @@ class TorchModel(nn.Module):
     conversions of dtype work as for any module. There is no dropout: `train()` and `eval()` change nothing. Gradients
     come from `jax.vjp`, compiled once per shape of the inputs; second derivatives are not available. A tied head is one
     Parameter under two names.
+
+    Parameters may change between any two calls, so each call stacks the layers anew: one pass over the weights more than
+    `fm.forward(module.params, module.config, …)`, which is the faster one for many calls without training.
 
     Args:
         params: the tree, stacked or a tuple of layers; it is copied.
@@ -378,6 +382,10 @@ class TorchModel(nn.Module):
         """Saves a checkpoint that transformers and `from_pretrained` load; `options` are those of `fm.save`."""
         fm.save(self.params, self.config, folder, **options)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads a checkpoint; `repo_id` and `options` are those of `fm.push_to_hub`. Returns the address."""
+        return fm.push_to_hub(self.params, self.config, repo_id, **options)
+
     def extra_repr(self) -> str:
         return f"{self.config.model_type}, {self.config.task}, computed by jax"
 
@@ -407,7 +415,8 @@ class TorchModel(nn.Module):
                     with torch.no_grad():
                         old.copy_(tensor)
                 else:
-                    own[id(tensor)] = _parameter(tensor).requires_grad_(old.requires_grad)
+                    own[id(tensor)] = new = _parameter(tensor)
+                    new.requires_grad_(old.requires_grad)
             module, _, last = name.rpartition(".")
             self.get_submodule(module).register_parameter(last, own[id(tensor)])
         self.config = config
@@ -578,7 +587,7 @@ def _on_host(path: str, leaf: Any) -> np.ndarray:
     """A writable array of the leaf's own memory where that is possible, else of a copy."""
     if getattr(leaf, "dtype", None) is not None and leaf.dtype.name not in DTYPES:
         raise TypeError(f"to_torch: {path!r} is {leaf.dtype.name}, which PyTorch does not have; use fm.cast first")
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise TypeError(f"to_torch: {path!r} is traced by jit, grad or vmap; call to_torch outside of them")
     if isinstance(leaf, jax.Array):
         devices = leaf.devices()

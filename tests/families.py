@@ -73,7 +73,10 @@ CASES = (
     Case("gpt2/question-answering", "GPT2ForQuestionAnswering", GPT2),
     Case("llama/base", "LlamaModel", LLAMA),
     Case("llama/causal-lm", "LlamaForCausalLM", LLAMA),
-    Case("llama/causal-lm/tied-biases", "LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    Case(
+        "llama/causal-lm/tied-biases", "LlamaForCausalLM",
+        LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     Case("llama/causal-lm/one-group", "LlamaForCausalLM", LLAMA | {"num_key_value_heads": 1, "hidden_act": "gelu"}),
     Case("llama/sequence-classification", "LlamaForSequenceClassification", LLAMA | THREE),
     Case("llama/token-classification", "LlamaForTokenClassification", LLAMA | THREE),
@@ -111,10 +114,13 @@ class Loaded:
     def unstacked(self) -> fm.Params:
         return fm.load(self.folder, layers="list")[0]
 
-    @functools.cache
+    references: dict[str | None, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
     def reference(self, padding: str | None = None) -> dict[str, np.ndarray]:
         """What transformers computes on `inputs(padding)`."""
-        return reference(self.model, self.inputs(padding))
+        if padding not in self.references:
+            self.references[padding] = reference(self.model, self.inputs(padding))
+        return self.references[padding]
 
     def inputs(self, padding: str | None = None) -> dict[str, np.ndarray]:
         """Tokens, mask, positions and token types; `padding` is None, "left" or "right"."""

@@ -90,7 +90,9 @@ BROKEN = {
     "broken modules.json": (lambda f: (f / "modules.json").write_text('[{"a": 1}]'), ["modules.json", "'type'"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", str]),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: (t.pop(WTE), t.pop(LN))), [f"missing '{WTE}'", f"missing '{LN}'"]),
-    "unknown tensor": (lambda f: edit_tensors(f, lambda t: t.update({"h.0.attn.rotary.freq": np.ones(3)})), ["'h.0.attn.rotary.freq'", "[3]"]),
+    "unknown tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update({"h.0.attn.rotary.freq": np.ones(3)})), ["'h.0.attn.rotary.freq'", "[3]"],
+    ),
     "wrong shape": (
         lambda f: edit_tensors(f, lambda t: t.update({WTE: np.ones((60, 20), np.float32)})),
         [f"'{WTE}'", "[60, 20]", "[61, 20]", "config.json"],

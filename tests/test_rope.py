@@ -27,7 +27,10 @@ TYPES = {
     "yarn mscale": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": ORIGINAL, "mscale": 0.7, "mscale_all_dim": 0.9,
     },
-    "yarn untruncated": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "truncate": False},
+    "yarn untruncated": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "truncate": False, "beta_fast": 2.0,
+        "beta_slow": 0.3,
+    },
     "longrope": {
         "rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": ORIGINAL,
     },

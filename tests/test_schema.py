@@ -98,7 +98,7 @@ def test_check_lists_everything():
 
 
 def test_unknown_leaf():
-    with pytest.raises(KeyError, match="'layers.glue' is not in the table of axes"):
+    with pytest.raises(KeyError, match=r"'layers\.glue' is not in the table of axes"):
         schema.axes("layers.glue")
 
 

@@ -62,7 +62,7 @@ IRRELEVANT = frozenset(
     """use_cache return_legacy_cache max_cache_len return_dict_in_generate compile_config disable_compile is_assistant
     num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size
     assistant_lookbehind target_lookbehind _from_model_config transformers_version generation_kwargs
-    trust_remote_code custom_generate""".split()
+    trust_remote_code custom_generate continuous_batching_config""".split()
 )
 """Options that change no token that we generate."""
 

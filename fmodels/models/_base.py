@@ -29,7 +29,7 @@ IRRELEVANT = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
-    unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag""".split()
+    output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag""".split()
 )
 """Keys of a config.json that change no number that `forward` computes; they are kept and written back."""
 
@@ -160,9 +160,10 @@ class Config:
                 if value is not None:
                     fields[spelling[key]] = tuple(value) if isinstance(value, list) else value
             elif key == "id2label":
-                value = value or {}
-                fields["num_labels"] = len(value)
-                fields["labels"] = tuple(str(label) for _, label in sorted(value.items(), key=lambda kv: int(kv[0])))
+                if value:
+                    labels = tuple(str(label) for _, label in sorted(value.items(), key=lambda item: int(item[0])))
+                    fields["num_labels"] = len(labels)
+                    fields["labels"] = None if labels == _unnamed(len(labels)) else labels
             elif key in ("num_labels", "_num_labels"):
                 if not data.get("id2label") and value is not None:
                     fields["num_labels"] = value
@@ -226,7 +227,7 @@ class Config:
         labels = self.labels
         if labels is not None or self.num_labels != 2:
             labels = labels if labels is not None and len(labels) == self.num_labels else None
-            names = labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+            names = labels or _unnamed(self.num_labels)
             data["id2label"] = {str(i): name for i, name in enumerate(names)}
             data["label2id"] = {name: i for i, name in enumerate(names)}
         if self.pruned_heads:
@@ -234,6 +235,11 @@ class Config:
         for key, value in self.extra:
             data.setdefault(key, json.loads(value))
         return data
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """The names that transformers gives to classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(count))
 
 
 class Family(NamedTuple):

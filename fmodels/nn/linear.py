@@ -28,14 +28,19 @@ def linear(params: Params, x: Array, equation: str = "btd,fd->btf") -> Array:
     return y
 
 
+def _gelu(x: Array) -> Array:
+    # As PyTorch computes it. `jax.nn.gelu` takes erfc, more accurate far below 0 and half as fast on CPU.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 def _gelu_accurate(x: Array) -> Array:
     return 0.5 * x * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_python": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_10": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10.0, 10.0),
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10.0, 10.0),
     "gelu_new": _gelu_accurate,
     "gelu_accurate": _gelu_accurate,
     "gelu_fast": _gelu_accurate,

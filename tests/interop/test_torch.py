@@ -410,6 +410,16 @@ def test_saved_model_is_loaded_by_transformers_and_by_us(case, name, tmp_path):
     assert it.TorchModel.from_pretrained(tmp_path, dtype="bfloat16", layers="list").dtype == torch.bfloat16
 
 
+def test_push_to_hub_hands_on_what_it_holds(case, monkeypatch):
+    row = case("llama/causal-lm")
+    calls = []
+    monkeypatch.setattr(fm, "push_to_hub", lambda *args, **options: calls.append((args, options)) or "address")
+    assert module_of(row).push_to_hub("me/tiny", private=True) == "address"
+    ((params, config, name), options) = calls[0]
+    assert_equal(params, row.params)
+    assert (config, name, options) == (row.config, "me/tiny", {"private": True})
+
+
 # --- errors ------------------------------------------------------------------------------------------------------------
 
 
