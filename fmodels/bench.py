@@ -282,9 +282,9 @@ def compile_time() -> Iterator[Result]:
         task="causal-lm", eos_token_id=None,
     )  # fmt: skip
     params = fm.init(config, jax.random.key(0))
-    from fmodels import generate
+    from fmodels.generate import _generate
 
-    program: Any = generate._generate
+    program: Any = _generate
     before = program._cache_size()
     lengths = range(33, 49)
     for length in lengths:

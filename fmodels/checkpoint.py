@@ -240,7 +240,9 @@ def _read_alone(
 
     Mapped pages count as memory of the process, so a tensor that will be copied anyway is read and not mapped.
     """
-    mapped = rules.is_same_order(rule) and tensor.dtype == target and (tensor.file is None or not tensor.offset % ALIGNMENT)
+    mapped = (
+        rules.is_same_order(rule) and tensor.dtype == target and (tensor.file is None or not tensor.offset % ALIGNMENT)
+    )
     parts = rules.from_disk(rule, tensor.array() if mapped else _read_whole(tensor), schema.sizes(config, layer))
     where = rules.layer_leaves(rule, layer)
     return {where[path]: part.astype(target, copy=False) for path, part in parts.items()}

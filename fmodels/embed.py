@@ -80,7 +80,9 @@ def _modes(config: Config, pooling: str | None, normalize: bool | None) -> tuple
         )
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown:
-        raise ValueError(f"embed: pooling {', '.join(map(repr, unknown))} is not one of {', '.join(MODES)} (or several with +)")
+        raise ValueError(
+            f"embed: pooling {', '.join(map(repr, unknown))} is not one of {', '.join(MODES)} (or several with +)"
+        )
     return modes, bool(config.normalize) if normalize is None else normalize
 
 
@@ -168,7 +170,9 @@ def embed_texts(
     for problem, wrong in (("has no tokens", lengths == 0), (f"is longer than {limit} tokens", lengths > limit)):
         if wrong.any():
             where = int(np.argmax(wrong))
-            raise ValueError(f"embed_texts: text {where} {problem} (it has {lengths[where]}), and so {int(wrong.sum())} in all")
+            raise ValueError(
+                f"embed_texts: text {where} {problem} (it has {lengths[where]}), and so {int(wrong.sum())} in all"
+            )
     vectors = np.empty((len(rows), config.hidden_size * len(modes)), np.float32)
     sizes = sorted(size for size in buckets or _buckets(limit) if size <= limit)
     order = np.argsort(-lengths, kind="stable")  # the longest first: what does not fit in memory fails at once
@@ -212,13 +216,17 @@ def _tokenize(texts: list[Any], tokenizer: Any, limit: int, *, given: bool) -> t
         path = Path(tokenizer)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"embed_texts: there is no {str(path)!r}; pass a tokenizers.Tokenizer or a function")
+            raise FileNotFoundError(
+                f"embed_texts: there is no {str(path)!r}; pass a tokenizers.Tokenizer or a function"
+            )
         tokenizer = Tokenizer.from_file(str(path))
         limit = limit if given else min(limit, _max_length(path.parent, limit))
     elif isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's own keeps its settings
     else:
-        raise TypeError(f"embed_texts: a tokenizer is a tokenizers.Tokenizer, a path or a function; got {type(tokenizer).__name__}")
+        raise TypeError(
+            f"embed_texts: a tokenizer is a tokenizers.Tokenizer, a path or a function; got {type(tokenizer).__name__}"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
     return [encoding.ids for encoding in tokenizer.encode_batch(texts)], limit
@@ -236,7 +244,9 @@ def _max_length(folder: Path, default: int) -> int:
             try:
                 value = json.loads(path.read_text(encoding="utf-8")).get(key)
             except (ValueError, AttributeError) as error:
-                raise ValueError(f"embed_texts: {str(path)!r} is not a JSON object: {error}; download it again") from None
+                raise ValueError(
+                    f"embed_texts: {str(path)!r} is not a JSON object: {error}; download it again"
+                ) from None
             if value is not None:
                 return int(value)
     return default

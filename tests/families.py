@@ -12,7 +12,15 @@ import transformers
 import fmodels as fm
 
 SIZES = {"vocab_size": 61, "initializer_range": 0.2, "pad_token_id": 3}
-GPT2 = SIZES | {"n_positions": 32, "n_embd": 20, "n_layer": 3, "n_head": 4, "n_inner": 37, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = SIZES | {
+    "n_positions": 32,
+    "n_embd": 20,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_inner": 37,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LLAMA = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10,
@@ -126,7 +134,9 @@ class Loaded:
         """Tokens, mask, positions and token types; `padding` is None, "left" or "right"."""
         return inputs(self.case, padding)
 
-    def forward(self, padding: str | None = None, *, params: Any = None, config: Any = None, **options: Any) -> fm.Output:
+    def forward(
+        self, padding: str | None = None, *, params: Any = None, config: Any = None, **options: Any
+    ) -> fm.Output:
         """`fm.forward` on the same inputs; positions are left to its default rule."""
         given = {name: a for name, a in self.inputs(padding).items() if name != "positions"}
         params, config = self.params if params is None else params, self.config if config is None else config
@@ -206,7 +216,9 @@ def reference(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         return {name: a.numpy() for name, a in outputs(call(model, given)).items()}
 
 
-def assert_equal(got: fm.Output, want: dict[str, np.ndarray], mask: np.ndarray, *, causal: bool, bound: float = 1e-5) -> None:
+def assert_equal(
+    got: fm.Output, want: dict[str, np.ndarray], mask: np.ndarray, *, causal: bool, bound: float = 1e-5
+) -> None:
     """Every field that transformers has, within `bound · max(1, |theirs|)`; at real positions where there are positions.
 
     Args:
@@ -231,4 +243,6 @@ def assert_equal(got: fm.Output, want: dict[str, np.ndarray], mask: np.ndarray, 
         if not causal and name != "hidden_states":
             where = np.ones((1,) * theirs.ndim, bool)
         error = np.where(where, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)), 0)
-        assert error.max() <= bound, f"{name} departs by {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+        assert error.max() <= bound, (
+            f"{name} departs by {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+        )

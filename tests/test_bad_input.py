@@ -24,13 +24,17 @@ def fails(function, *words):
         function()
     raised_in = traceback.extract_tb(caught.value.__traceback__)[-1].filename
     assert "/fmodels/" in raised_in, f"raised inside of {raised_in}: {caught.value}"
-    assert re.match(r"\w+(\.\w+)*: ", str(caught.value).strip("'\"")), f"does not begin with who complains: {caught.value}"
+    assert re.match(r"\w+(\.\w+)*: ", str(caught.value).strip("'\"")), (
+        f"does not begin with who complains: {caught.value}"
+    )
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
 
 def digest(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -209,7 +213,11 @@ def test_inputs_of_some_families(case):
     cache = fm.init_cache(gpt2.params, 2, 4)
     cache = fm.forward(gpt2.params, gpt2.config, TOKENS, cache=cache).cache
     fails(lambda: fm.forward(gpt2.params, gpt2.config, TOKENS, cache=cache), "4 slots", "3 are taken")
-    fails(lambda: fm.forward(gpt2.params, gpt2.config, TOKENS[:1], cache=fm.init_cache(gpt2.params, 2, 4)), "cache", "2 rows")
+    fails(
+        lambda: fm.forward(gpt2.params, gpt2.config, TOKENS[:1], cache=fm.init_cache(gpt2.params, 2, 4)),
+        "cache",
+        "2 rows",
+    )
 
 
 def test_padding_does_not_count_as_length(case):
@@ -226,7 +234,9 @@ def test_decoding_beyond_the_positions(case):
     loaded = case("gpt2/causal-lm")
     cache = fm.init_cache(loaded.params, 1, 64)
     cache = fm.forward(loaded.params, loaded.config, np.full((1, 30), 5), cache=cache).cache
-    fails(lambda: fm.forward(loaded.params, loaded.config, np.full((1, 3), 5), cache=cache), "33 tokens", "32 positions")
+    fails(
+        lambda: fm.forward(loaded.params, loaded.config, np.full((1, 3), 5), cache=cache), "33 tokens", "32 positions"
+    )
 
 
 def test_config_arguments():

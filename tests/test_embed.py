@@ -153,7 +153,10 @@ def test_folders_of_sentence_transformers(case, tmp_path):
 )
 def test_forms_of_the_pooling_config(case, config, want, tmp_path):
     folder = shutil.copytree(case("bert/base").folder, tmp_path / "m")
-    modules = [{"path": p, "type": f"sentence_transformers.models.{t}"} for p, t in (("", "Transformer"), ("9_Pool", "Pooling"))]
+    modules = [
+        {"path": p, "type": f"sentence_transformers.models.{t}"}
+        for p, t in (("", "Transformer"), ("9_Pool", "Pooling"))
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     assert fm.load_config(folder).pooling == "Pooling without its config.json"
     (folder / "9_Pool").mkdir()
@@ -230,7 +233,13 @@ def test_kinds_of_tokenizers(minilm):
     before = tokenizer.to_str()
     texts = ["one", "A man is eating food."]
     want = model.encode(texts)
-    for one in (tokenizer, FOLDER / "tokenizer.json", str(FOLDER), model.tokenizer, lambda text: model.tokenizer(text)["input_ids"]):
+    for one in (
+        tokenizer,
+        FOLDER / "tokenizer.json",
+        str(FOLDER),
+        model.tokenizer,
+        lambda text: model.tokenizer(text)["input_ids"],
+    ):
         assert np.abs(fm.embed_texts(params, config, texts, one) - want).max() < 1e-5
     assert tokenizer.to_str() == before
     short = fm.embed_texts(params, config, ["one two three four five six"], tokenizer, max_length=4)

@@ -103,7 +103,9 @@ def test_gradients(loaded):
         return sum((getattr(out, n) * weights[n]).sum() for n in names)
 
     ours = fm.to_disk(jax.grad(functional)(loaded.params), loaded.config)
-    want = {n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()}
+    want = {
+        n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()
+    }
     assert ours.keys() == want.keys()
     for name, gradient in want.items():
         error = np.abs(np.asarray(ours[name]) - gradient) / np.maximum(1, np.abs(gradient))
@@ -143,7 +145,9 @@ def test_vmap_jit_and_grad_compose(case, name):
 
     @jax.jit
     def rows(params, given):
-        return jax.vmap(lambda row: fm.forward(params, loaded.config, **{n: a[None] for n, a in row.items()}).logits[0])(given)
+        return jax.vmap(
+            lambda row: fm.forward(params, loaded.config, **{n: a[None] for n, a in row.items()}).logits[0]
+        )(given)
 
     got = np.asarray(rows(loaded.params, given))
     assert np.abs(got - loaded.reference()["logits"]).max() < 1e-5

@@ -11,7 +11,7 @@ import transformers as hf
 from scipy import stats
 
 import fmodels as fm
-from fmodels import generate as generate_module
+from fmodels.generate import _generate
 from fmodels.generation import logits as rules
 from interop.transformers import from_transformers
 
@@ -255,20 +255,19 @@ def test_a_row_draws_the_same_in_any_batch(llama):
 def test_one_program_per_bucket(llama):
     """Prompt lengths, numbers of new tokens and values of options compile nothing new inside of a bucket."""
     _, params, config = llama
-    run = generate_module._generate
     fm.generate(params, config, prompts(2, 17)[0], max_new_tokens=17)
-    before = run._cache_size()
+    before = _generate._cache_size()
     for length in range(17, 25):
         options = fm.GenerationConfig(repetition_penalty=1 + length / 100, eos_token_id=[length, 2])
         fm.generate(params, config, prompts(2, length)[0], max_new_tokens=length, options=options)
-    assert run._cache_size() == before
+    assert _generate._cache_size() == before
     sampled = [
         fm.GenerationConfig(do_sample=True, temperature=t, top_k=k, top_p=p)
         for t, k, p in ((0.5, 3, 0.9), (2.0, 0, 1.0))
     ]
     for options in sampled:
         fm.generate(params, config, prompts(2, 18)[0], max_new_tokens=20, options=options, key=jax.random.key(0))
-    assert run._cache_size() <= before + 1
+    assert _generate._cache_size() <= before + 1
 
 
 def test_generation_config_is_read_and_written(llama, tmp_path):

@@ -67,7 +67,9 @@ def test_round_trip(loaded, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("options", [{"format": "torch"}, {"max_shard_size": "5KB"}, {"format": "torch", "max_shard_size": "5KB"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"format": "torch"}, {"max_shard_size": "5KB"}, {"format": "torch", "max_shard_size": "5KB"}], ids=str
+)
 def test_round_trip_of_formats(case, name, options, tmp_path, caplog):
     loaded = case(name)
     fm.save(loaded.unstacked, loaded.config, tmp_path, **options)
@@ -133,7 +135,9 @@ def test_head_on_a_base_checkpoint(case, base, head, labels, tmp_path):
         assert params["classifier"]["weight"].std() == pytest.approx(0.2, rel=0.6)
     chex.assert_trees_all_equal({**params, "classifier": 0}, {**other, "classifier": 0})
     fm.save(params, config, tmp_path / "saved")
-    model, info = getattr(transformers, wanted.architecture).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    model, info = getattr(transformers, wanted.architecture).from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     assert not any(info.values()), info
     below = model.base_model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
@@ -141,7 +145,9 @@ def test_head_on_a_base_checkpoint(case, base, head, labels, tmp_path):
             assert torch.equal(below[name], tensor)
 
 
-@pytest.mark.parametrize("name", ["gpt2/causal-lm", "llama/question-answering", "bert/pretraining", "bert/sequence-classification"])
+@pytest.mark.parametrize(
+    "name", ["gpt2/causal-lm", "llama/question-answering", "bert/pretraining", "bert/sequence-classification"]
+)
 def test_base_of_a_head_checkpoint(case, name, tmp_path, caplog):
     """The prefix is taken off, the head is left out with a word, and the hidden states are transformers' own."""
     loaded = case(name)
@@ -178,13 +184,19 @@ def test_old_names(container, task, tmp_path):
     params, config = fm.load(GOLDENS / "old_names" / container, task=task)
     assert config.task == (task or "masked-lm")
     out = fm.forward(params, config, want["tokens"], mask=want["mask"], token_types=want["token_types"])
-    fields = {None: ["logits", "hidden"], "base": ["hidden", "pooled"], "pretraining": ["logits", "sequence_logits", "hidden"]}
+    fields = {
+        None: ["logits", "hidden"],
+        "base": ["hidden", "pooled"],
+        "pretraining": ["logits", "sequence_logits", "hidden"],
+    }
     for field in fields[task]:
         got = np.asarray(getattr(out, field))
         assert (np.abs(got - want[field]) / np.maximum(1, np.abs(want[field]))).max() < 1e-5
     fm.save(params, config, tmp_path)
     assert not any("gamma" in name or "position_ids" in name for name in stored(tmp_path))
-    _, info = getattr(transformers, config.ARCHITECTURES[config.task]).from_pretrained(tmp_path, output_loading_info=True)
+    _, info = getattr(transformers, config.ARCHITECTURES[config.task]).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info.values()), info
 
 
@@ -212,7 +224,12 @@ def test_other_files_stay(case, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     fm.save(loaded.params, loaded.config, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
 
 
 def test_state_dicts(loaded):

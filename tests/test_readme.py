@@ -65,10 +65,10 @@ def bench() -> str:
         "| | fmodels | yardstick | ratio | target |",
         "|---|---:|---:|---:|---|",
     ]
-    for r in data["results"]:
-        lines.append(
-            f"| {r['name']} | {r['ours']:.4g} {r['unit']} | {r['theirs']:.4g} | {r['ratio']:.2f} | {r['target']} |"
-        )
+    lines += [
+        f"| {r['name']} | {r['ours']:.4g} {r['unit']} | {r['theirs']:.4g} | {r['ratio']:.2f} | {r['target']} |"
+        for r in data["results"]
+    ]
     return "\n".join(lines)
 
 

@@ -150,7 +150,10 @@ def test_su_is_longrope(made, tmp_path):
         ({"rope_type": "spiral"}, "rope_type='spiral' is not supported"),
         ({"rope_type": "linear"}, "needs 'factor'"),
         ({"rope_type": "llama3", "factor": 2.0}, "needs 'low_freq_factor'"),
-        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": LONG}, "'short_factor' has 1 numbers, expected 5"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": LONG},
+            "'short_factor' has 1 numbers, expected 5",
+        ),
         ({"rope_type": "linear", "factor": 2.0, "wobble": 1}, "'wobble'"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ],

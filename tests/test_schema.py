@@ -87,11 +87,18 @@ def test_check_lists_everything():
     config = fm.models.gpt2.Config(task="causal-lm")
     params = fm.abstract(config)
     fm.check(params, config)
-    broken = tree.update(params, {"embed.tokens": jax.ShapeDtypeStruct((7, 768), "float32"), "lm_head.bias": params["embed"]["tokens"]})
+    broken = tree.update(
+        params, {"embed.tokens": jax.ShapeDtypeStruct((7, 768), "float32"), "lm_head.bias": params["embed"]["tokens"]}
+    )
     broken = tree.remove(broken, "final_norm.scale")
     with pytest.raises(ValueError, match="3 problems") as error:
         fm.check(broken, config)
-    for words in ("missing 'final_norm.scale'", "unexpected 'lm_head.bias'", "'embed.tokens' has shape (7, 768)", "(v d) = (50257, 768)"):
+    for words in (
+        "missing 'final_norm.scale'",
+        "unexpected 'lm_head.bias'",
+        "'embed.tokens' has shape (7, 768)",
+        "(v d) = (50257, 768)",
+    ):
         assert words in str(error.value)
     fixed = fm.match_config(tree.update(params, {"embed.tokens": jax.ShapeDtypeStruct((7, 768), "float32")}), config)
     assert fixed == dataclasses.replace(config, vocab_size=7)
@@ -120,7 +127,9 @@ def test_sizes_measured_from_arrays(loaded):
 
 
 def test_partition_specs():
-    specs = fm.partition_specs(fm.abstract(fm.models.llama.Config()), {"h": "model", "g": "model", "f": "model", "v": "model", "d": "data"})
+    specs = fm.partition_specs(
+        fm.abstract(fm.models.llama.Config()), {"h": "model", "g": "model", "f": "model", "v": "model", "d": "data"}
+    )
     assert specs["layers"]["attention"]["query"]["weight"] == PartitionSpec(None, "model", None, "data")
     assert specs["layers"]["attention"]["output"]["weight"] == PartitionSpec(None, "data", "model", None)
     assert specs["embed"]["tokens"] == PartitionSpec("model", "data")
@@ -165,7 +174,15 @@ def test_sharded_on_eight_devices(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=4, n_inner=32, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+        vocab_size=64,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        n_inner=32,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "m")

@@ -12,7 +12,9 @@ from fmodels import tree
 NAMES = st.text("abcdefgh_", min_size=1, max_size=4)
 TREES = st.recursive(
     st.integers(0, 9),
-    lambda child: st.dictionaries(NAMES, child, min_size=1, max_size=3) | st.lists(child, min_size=1, max_size=3).map(tuple),
+    lambda child: (
+        st.dictionaries(NAMES, child, min_size=1, max_size=3) | st.lists(child, min_size=1, max_size=3).map(tuple)
+    ),
     max_leaves=12,
 )
 
@@ -24,7 +26,10 @@ def test_unflatten_inverts_flatten(params):
 
 @given(st.dictionaries(NAMES, TREES, min_size=1, max_size=4))
 def test_paths_are_those_of_jax(params):
-    theirs = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    theirs = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
     assert tree.flatten(params) == theirs
     assert all(tree.get(params, path) == leaf for path, leaf in theirs.items())
 

@@ -79,7 +79,9 @@ def dot_product(query: Array, keys: Array, values: Array, attend: Array, scale: 
     groups, each = keys.shape[1], h // keys.shape[1]
     rows = query.reshape(b, t, groups, each, k).transpose(0, 2, 3, 1, 4).reshape(b, groups, each * t, k)
     full = precision(query.dtype)
-    scores = jnp.einsum("bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32
+    )
     seen = jnp.tile(attend, (1, each, 1))[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(jnp.float32).min), axis=-1).astype(rows.dtype)
     context = jnp.einsum("bgns,bgsk->bgnk", weights, values.astype(rows.dtype), precision=full)
