@@ -467,9 +467,9 @@ def _verify(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from fmodels.bytewise import canonical_names, count_not_finite, same_bytes
     from fmodels.checkpoint import load
     from fmodels.text import size
-    from fmodels.verify import canonical_names, count_not_finite, same_bytes
     from fmodels.weights import read_file, read_folder
 
     source = _resolve(args)

@@ -15,10 +15,12 @@ import numpy as np
 
 import fmodels
 from fmodels import assets, schema, tree
+from fmodels.bytewise import same_bytes
 from fmodels.checkpoint import load, save
 from fmodels.generate import generate
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
+from fmodels.runs import read_with_transformers
 from fmodels.text import TextLoss, read_tokenizer, size, table, text_importance, text_loss, windows
 from fmodels.transforms.casting import cast
 from fmodels.transforms.counting import num_parameters
@@ -26,7 +28,7 @@ from fmodels.transforms.embeddings import resize_embeddings
 from fmodels.transforms.heads import mask_heads, prune_heads
 from fmodels.transforms.importance import least_important_heads
 from fmodels.types import Params
-from fmodels.verify import departure, read_with_transformers, same_bytes, verify
+from fmodels.verify import departure, verify
 
 PROMPT = '"""Tools for reading files."""\n\nimport os\n\ndef read_lines(path):\n    """'
 NEW_TOKENS = 72

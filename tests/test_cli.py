@@ -13,8 +13,8 @@ import pytest
 
 import fmodels as fm
 from fmodels import cli, demo
+from fmodels.bytewise import same_bytes
 from fmodels.text import read_tokenizer, size
-from fmodels.verify import same_bytes
 from fmodels.weights import Tensor, read_folder, write_folder
 from tests.loopback_hub import LoopbackHub, Repo
 

@@ -102,7 +102,8 @@ def test_gradients(loaded):
         out = loaded.forward(params=params, hidden_states=False)
         return sum((getattr(out, n) * weights[n]).sum() for n in names)
 
-    ours = fm.to_disk(jax.grad(functional)(loaded.params), loaded.config)
+    gradient = jax.jit(jax.grad(functional))(loaded.params)
+    ours = fm.to_disk(jax.tree.map(np.asarray, gradient), loaded.config)
     want = {
         n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()
     }
@@ -127,7 +128,7 @@ def test_tree_fits_config(loaded):
 def test_init_like_transformers(case, name):
     """Fresh parameters: the same leaves, and the same spread of each as a fresh model of transformers."""
     loaded = case(name)
-    params = fm.init(loaded.config, jax.random.key(0))
+    params = jax.tree.map(np.asarray, jax.jit(lambda key: fm.init(loaded.config, key))(jax.random.key(0)))
     fm.check(params, loaded.config)
     again = type(loaded.model)(loaded.model.config, **loaded.case.options)
     theirs = {name: p.detach().numpy() for name, p in again.named_parameters()}
@@ -152,8 +153,8 @@ def test_vmap_jit_and_grad_compose(case, name):
     got = np.asarray(rows(loaded.params, given))
     assert np.abs(got - loaded.reference()["logits"]).max() < 1e-5
     chex.assert_shape(got, (2, 7, 61))
-    per_example = jax.vmap(
-        jax.grad(lambda p, t: fm.forward(p, loaded.config, t[None]).logits.sum()), in_axes=(None, 0)
+    per_example = jax.jit(
+        jax.vmap(jax.grad(lambda p, t: fm.forward(p, loaded.config, t[None]).logits.sum()), in_axes=(None, 0))
     )(loaded.params, given["tokens"])
     chex.assert_tree_shape_prefix(per_example, (2,))
 
@@ -260,6 +261,7 @@ def test_template(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, "template", _template.FAMILY)
     config = _template.Config(task="causal-lm", initializer_range=0.3, hidden_size=24, head_dim=6)
     params = fm.init(config, jax.random.key(1))
+    params = jax.tree.map(np.asarray, params)
     tensors = fm.to_disk(params, config)
     assert tensors["model.layers.1.attention.kv_proj.weight"].shape == (48, 24)
     chex.assert_trees_all_equal(fm.from_disk(tensors, config), params)

@@ -13,14 +13,10 @@ import pytest
 import transformers
 
 import fmodels as fm
-from fmodels.verify import (
-    FRAMEWORKS,
-    Comparison,
-    canonical_names,
-    count_not_finite,
-    departure,
-    verify,
-)
+from fmodels import checkpoint, runs
+from fmodels.bytewise import canonical_names, count_not_finite
+from fmodels.certificate import Comparison
+from fmodels.verify import FRAMEWORKS, departure, verify
 from fmodels.weights import Tensor, read_folder, write_folder
 
 QUICK = {"frameworks": (), "gradients": False}
@@ -254,32 +250,29 @@ def test_a_wrapper_that_raises_is_a_failure(case, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no luck")
 
-    monkeypatch.setitem(sys.modules["fmodels.verify"].RUNNERS, "torch", broken)
+    monkeypatch.setitem(runs.RUNNERS, "torch", broken)
     certificate = verify(case("llama/base").folder, frameworks=["torch"], gradients=False)
     assert certificate.failures == ("PyTorch wrapper: RuntimeError: no luck",)
 
 
 def test_wrong_gradient(case, monkeypatch):
-    module = sys.modules["fmodels.verify"]
-
     def twisted(params, config, folder, given, *, gradients):
-        result = module._run_jax(params, config, given, gradients=gradients)
+        result = runs.run_jax(params, config, given, gradients=gradients)
         result.gradients["model.layers.1.mlp.up_proj.weight"] = (
             result.gradients["model.layers.1.mlp.up_proj.weight"] * 1.01
         )
         return result
 
-    monkeypatch.setitem(module.RUNNERS, "torch", twisted)
+    monkeypatch.setitem(runs.RUNNERS, "torch", twisted)
     certificate = verify(case("llama/causal-lm").folder, frameworks=["torch"])
     assert by_name(certificate, "PyTorch wrapper").first == "gradient of model.layers.1.mlp.up_proj.weight"
     assert "gradient of model.layers.1.mlp.up_proj.weight departs" in certificate.failures[0]
 
 
 def test_save_that_changes_a_tensor(case, monkeypatch):
-    module = sys.modules["fmodels.verify"]
-    save = module.checkpoint.save
+    save = checkpoint.save
     monkeypatch.setattr(
-        module.checkpoint,
+        checkpoint,
         "save",
         lambda p, c, f: save(fm.tree.update(p, {"final_norm.scale": p["final_norm"]["scale"] + 1}), c, f),
     )

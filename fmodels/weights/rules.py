@@ -81,9 +81,9 @@ def _axis_order(leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
 
 def is_same_order(rule: Rule) -> bool:
     """True if the tensor on disk is its leaf but for a reshape."""
-    if len(rule.leaves) > 1:
+    if not isinstance(rule.leaf, str):
         return False
-    order = _axis_order(rule.leaves[0], rule.layouts[0])
+    order = _axis_order(rule.leaf, rule.layouts[0])
     return order == tuple(range(len(order)))
 
 
