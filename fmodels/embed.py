@@ -144,7 +144,7 @@ def embed_texts(
         batch_size: rows of a batch.
         max_length: longer texts are cut by a `tokenizers.Tokenizer` (special tokens stay); ids that are longer are an
             error. None: what sentence_bert_config.json beside the tokenizer.json says, at most `config.max_positions`.
-        buckets: lengths that batches are padded to, in order; 16, 24, 32, 48, 64, 96, … if None.
+        buckets: lengths that batches are padded to, in order; 16, 24, 32, 40, … 64, 80, … if None.
         pooling: as in `embed`.
         normalize: as in `embed`.
 
@@ -194,10 +194,10 @@ def embed_texts(
 
 
 def _buckets(limit: int) -> list[int]:
-    """Two lengths per octave up to `limit`, so that at most a third of a batch is padding."""
+    """Four lengths per octave up to `limit`, so that above 32 the longest text of a batch is padded by at most a quarter."""
     sizes = [16]
     while sizes[-1] < limit:
-        sizes.append(sizes[-1] * 3 // 2 if sizes[-1].bit_count() == 1 else sizes[-1] * 4 // 3)
+        sizes.append(sizes[-1] + max(8, (1 << sizes[-1].bit_length() - 1) // 4))
     return [*(size for size in sizes if size < limit), limit]
 
 
