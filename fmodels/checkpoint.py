@@ -229,7 +229,7 @@ def _read_layer(
         tensor.read_into(first.reshape(tensor.shape))
     else:
         for path, part in rules.from_disk(rule, _read_whole(tensor), schema.sizes(config, layer)).items():
-            out[path][...] = part.astype(out[path].dtype, copy=False)
+            out[path][...] = _cast(tensor.name, part, out[path].dtype)
     return {}
 
 
@@ -245,7 +245,17 @@ def _read_alone(
     )
     parts = rules.from_disk(rule, tensor.array() if mapped else _read_whole(tensor), schema.sizes(config, layer))
     where = rules.layer_leaves(rule, layer)
-    return {where[path]: part.astype(target, copy=False) for path, part in parts.items()}
+    return {where[path]: _cast(tensor.name, part, target) for path, part in parts.items()}
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, copy=False)
+    except FloatingPointError:
+        raise ValueError(
+            f"load: {name!r} has values that {dtype} cannot hold; use bfloat16, or keep the dtype on disk"
+        ) from None
 
 
 def _read_whole(tensor: Tensor) -> np.ndarray:

@@ -475,8 +475,7 @@ def _convert(args: argparse.Namespace) -> int:
     source = _resolve(args)
     dtype = None if args.dtype is None else _dtype(args.dtype)
     with _new_folder(source, args.dest) as stage:
-        with np.errstate(over="ignore"):  # values that float16 does not have are found below
-            params, config = load(source, task=args.task, dtype=dtype, layers="list")
+        params, config = load(source, task=args.task, dtype=dtype, layers="list")
         copied = _save(params, config, source, stage, args)
         # By what is in the two folders now, not by what was in memory.
         old, _ = read_folder(source) if source.is_dir() else read_file(source)

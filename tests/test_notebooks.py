@@ -17,8 +17,7 @@ def test_quickstart_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
-    # Debugger frames of frozen modules are of no use here, and their absence makes the kernel talk.
-    NotebookClient(notebook, timeout=300, kernel_name="python3", extra_arguments=["-Xfrozen_modules=off"]).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any(output.output_type == "error" for output in outputs)
