@@ -1,6 +1,6 @@
 """Speed and memory against transformers on PyTorch, in one run on one machine: medians and ratios.
 
-`fmodels bench` prints a table; `tests/bench/results.json` holds the run that the README quotes.
+`fmodels bench` prints a table, or JSON.
 """
 
 from __future__ import annotations

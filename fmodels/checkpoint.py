@@ -21,7 +21,7 @@ from fmodels import hub, layout, schema, tree
 from fmodels.api import check
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
-from fmodels.models._base import LM_TASKS
+from fmodels.models._base import LM_TASKS, init_normal
 from fmodels.pooling import read_pooling
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
@@ -284,8 +284,6 @@ def _to_device(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def _with_new_head(params: Params, planned: layout.Plan, config: Config, key: Key | None, dtype: Any) -> Params:
-    from fmodels.models._base import init_normal
-
     wanted = dtype if dtype is not None else params["embed"]["tokens"].dtype
     leaves = [path for place in planned.missing.values() for path in place.rule.leaves]
     assert key is not None

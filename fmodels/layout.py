@@ -16,6 +16,7 @@ import numpy as np
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
+from fmodels.models._base import LM_TASKS
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import rules
@@ -172,7 +173,7 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
     if tied and config.tie_word_embeddings:
-        tensors |= {name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and _has_head(config)}
+        tensors |= {name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and config.task in LM_TASKS}
     return tensors
 
 
@@ -193,10 +194,6 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
     names = {
         name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
     }
-    if tied and config.tie_word_embeddings and _has_head(config):
+    if tied and config.tie_word_embeddings and config.task in LM_TASKS:
         names |= {name: (leaf,) for name, leaf in weights.tied.items()}
     return names
-
-
-def _has_head(config: Config) -> bool:
-    return config.task in ("causal-lm", "masked-lm", "pretraining", "double-heads")
