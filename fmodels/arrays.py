@@ -7,6 +7,9 @@ the mathematics of `nn` goes through the two functions below and never asks whic
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -22,16 +25,36 @@ def einsum(equation: str, x: Array, weight: Any) -> Array:
     `jax.default_matmul_precision`.
 
     Args:
-        equation: an einsum string of two operands.
+        equation: `"…i,oi->…o"`, where `i` and `o` stand for one or more letters: the weight has its output axes first.
         x: the activations.
         weight: an array or an array-like leaf.
 
     Returns:
         An array with the dtype of `x`.
+
+    Raises:
+        ValueError: an equation of another form.
     """
     if hasattr(weight, "einsum"):
         return weight.einsum(equation, x)
-    return jnp.einsum(equation, x, weight.astype(x.dtype), precision=precision(x.dtype))
+    inputs, outputs = _split(equation)
+    lead, rest = x.shape[: x.ndim - inputs], weight.shape[:outputs]
+    # As one matrix: XLA's CPU backend copies a weight with several input or output axes at every product.
+    matrix = weight.reshape(math.prod(rest), -1).astype(x.dtype)
+    rows = x.reshape(*lead, matrix.shape[1])
+    product = jax.lax.dot_general(rows, matrix, (((len(lead),), (1,)), ((), ())), precision=precision(x.dtype))
+    return product.reshape(*lead, *rest)
+
+
+@functools.cache
+def _split(equation: str) -> tuple[int, int]:
+    """How many axes of the weight are contracted, and how many are new in the result."""
+    x, weight, y = re.split(",|->", equation)
+    outputs = sum(letter in y for letter in weight)
+    inputs = len(weight) - outputs
+    if not (x.endswith(weight[outputs:]) and y == x[: len(x) - inputs] + weight[:outputs]):
+        raise ValueError(f"einsum: expected '…i,oi->…o', each of i and o one or more letters; got {equation!r}")
+    return inputs, outputs
 
 
 def precision(dtype: Any) -> str | None:

@@ -24,12 +24,11 @@ import jax.numpy as jnp
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, decoder_head, init_normal
 from fmodels.nn import layers
-from fmodels.nn.attention import attend_mask, attention
-from fmodels.nn.cache import extend
+from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import from_mask
+from fmodels.nn.positions import of_call
 from fmodels.types import Array, Cache, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -124,21 +123,16 @@ def forward(
     """The model on `(b t)` tokens; see `fmodels.forward`. Sizes are read from the arrays, not from the config."""
     if token_types is not None:
         raise ValueError("forward: this model has no token types; leave token_types out")
-    present = jnp.ones(tokens.shape, bool) if mask is None else mask
-    start = None if cache is None else cache.length
-    if positions is None:
-        positions = from_mask(present) if cache is None else from_mask(present) + cache.mask.sum(-1, keepdims=True)
-    cache = None if cache is None else extend(cache, present)
-    seen = present if cache is None else cache.mask
-    attend = attend_mask(seen, causal=True, start=None if start is None else (start, tokens.shape[1]))
+    present, positions = of_call(tokens, mask, positions, cache)
+    seen = attend(present, cache, causal=True)
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
-        y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot)
+        y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot)
         x = x + y
         return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
     x = embed(params["embed"], tokens, positions)
-    x, cache, inputs = layers.run(layer, params["layers"], x, cache, start, collect=hidden_states)
+    x, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
     hidden = layer_norm(params["final_norm"], x, config.norm_eps)
     out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=cache, select=select)
     return out if inputs is None else out._replace(hidden_states=jnp.concatenate([inputs, hidden[None]]))

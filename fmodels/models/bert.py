@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, at, init_normal
 from fmodels.nn import layers
-from fmodels.nn.attention import attend_mask, attention
-from fmodels.nn.cache import extend
+from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed, lm_logits
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
+from fmodels.nn.positions import of_call
 from fmodels.types import Array, Cache, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -169,22 +169,19 @@ def forward(
     """BERT on `(b t)` tokens; see `fmodels.forward`. Positions count columns, whatever the mask, as in transformers."""
     if cache is not None and not config.causal:
         raise ValueError("forward: a cache needs a causal model; this BERT is an encoder (config.causal is False)")
-    present = jnp.ones(tokens.shape, bool) if mask is None else mask
-    start = None if cache is None else cache.length
     if positions is None:
-        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32) + (0 if start is None else start)
+        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32) + (0 if cache is None else cache.length)
         positions = jnp.broadcast_to(columns, tokens.shape)
-    cache = None if cache is None else extend(cache, present)
-    seen = present if cache is None else cache.mask
-    attend = attend_mask(seen, causal=config.causal, start=None if start is None else (start, tokens.shape[1]))
+    present, positions = of_call(tokens, mask, positions, cache)
+    seen = attend(present, cache, causal=config.causal)
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
-        y, slot = attention(p["attention"], x, attend, slot=slot)
+        y, slot = attention(p["attention"], x, seen, slot=slot)
         x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
         return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
 
     x = layer_norm(params["embed"]["norm"], embed(params["embed"], tokens, positions, token_types), config.norm_eps)
-    hidden, cache, inputs = layers.run(layer, params["layers"], x, cache, start, collect=hidden_states)
+    hidden, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
     out = _head(params, config, Output(hidden=hidden, cache=cache), select)
     return out if inputs is None else out._replace(hidden_states=jnp.concatenate([inputs, hidden[None]]))
 

@@ -18,13 +18,12 @@ from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, at, decoder_head, init_normal
 from fmodels.nn import layers
-from fmodels.nn.attention import attend_mask, attention
-from fmodels.nn.cache import extend
+from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import from_mask, last_real
+from fmodels.nn.positions import last_real, of_call
 from fmodels.types import Array, Cache, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -148,13 +147,8 @@ def forward(
     hidden_states: bool = False,
 ) -> Output:
     """GPT-2 on `(b t)` tokens; see `fmodels.forward`. Token types are rows of the token table, as in transformers."""
-    present = jnp.ones(tokens.shape, bool) if mask is None else mask
-    start = None if cache is None else cache.length
-    if positions is None:
-        positions = from_mask(present) if cache is None else from_mask(present) + cache.mask.sum(-1, keepdims=True)
-    cache = None if cache is None else extend(cache, present)
-    seen = present if cache is None else cache.mask
-    attend = attend_mask(seen, causal=True, start=None if start is None else (start, tokens.shape[1]))
+    present, positions = of_call(tokens, mask, positions, cache)
+    seen = attend(present, cache, causal=True)
 
     x = embed(params["embed"], tokens, positions)
     if token_types is not None:
@@ -165,12 +159,12 @@ def forward(
         if config.scale_attention_by_inverse_layer:
             scale = scale / (jnp.asarray(index, jnp.float32) + 1)
         y, slot = attention(
-            p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, scale=scale
+            p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot, scale=scale
         )
         x = x + y
         return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
-    x, cache, inputs = layers.run(layer, params["layers"], x, cache, start, collect=hidden_states)
+    x, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
     hidden = layer_norm(params["final_norm"], x, config.norm_eps)
     out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=cache, select=select)
     if config.task == "double-heads":

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, decoder_head, init_normal
 from fmodels.nn import layers
-from fmodels.nn.attention import attend_mask, attention
-from fmodels.nn.cache import extend
+from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import rms_norm
-from fmodels.nn.positions import Rope, from_mask, rope_tables
+from fmodels.nn.positions import Rope, of_call, rope_tables
 from fmodels.types import Array, Cache, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -227,24 +226,19 @@ def forward(
     """Llama on `(b t)` tokens; see `fmodels.forward`."""
     if token_types is not None:
         raise ValueError("forward: llama has no token types; leave token_types out")
-    present = jnp.ones(tokens.shape, bool) if mask is None else mask
-    start = None if cache is None else cache.length
-    if positions is None:
-        positions = from_mask(present) if cache is None else from_mask(present) + cache.mask.sum(-1, keepdims=True)
-    cache = None if cache is None else extend(cache, present)
-    seen = present if cache is None else cache.mask
-    attend = attend_mask(seen, causal=True, start=None if start is None else (start, tokens.shape[1]))
+    present, positions = of_call(tokens, mask, positions, cache)
+    seen = attend(present, cache, causal=True)
     rope = rope_tables(config.rope, positions, config.head_dim, config.max_positions)
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         y, slot = attention(
-            p["attention"], rms_norm(p["attention_norm"], x, config.norm_eps), attend, slot=slot, rope=rope
+            p["attention"], rms_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot, rope=rope
         )
         x = x + y
         return x + mlp(p["mlp"], rms_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
     x = embed(params["embed"], tokens)
-    x, cache, inputs = layers.run(layer, params["layers"], x, cache, start, collect=hidden_states)
+    x, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
     hidden = rms_norm(params["final_norm"], x, config.norm_eps)
     out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=cache, select=select)
     return out if inputs is None else out._replace(hidden_states=jnp.concatenate([inputs, hidden[None]]))

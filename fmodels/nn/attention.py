@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fmodels.arrays import precision
-from fmodels.nn.cache import Slot, write
+from fmodels.nn.cache import Slot, read, write
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import rotate
-from fmodels.types import Array, Params
+from fmodels.types import Array, Cache, Params
 
 
-def attend_mask(mask: Array, *, causal: bool, start: Any = None) -> Array:
-    """Which key each query sees: `(b t s)` bool.
+class Attend(NamedTuple):
+    """Which keys each query sees.
+
+    Attributes:
+        new: `(b t t)` bool, of the tokens of this call.
+        old: `(b 1 s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
+    """
+
+    new: Array
+    old: Array | None
+
+
+def attend(present: Array, cache: Cache | None = None, *, causal: bool) -> Attend:
+    """Who sees whom.
 
     Args:
-        mask: `(b s)` bool, True for real tokens; of the whole cache where there is one.
-        causal: whether a query sees only keys at its own place and before it.
-        start: the slot of the first query, and the number of queries, `(start, t)`, where keys come from a cache.
+        present: `(b t)` bool, True for real tokens.
+        cache: with the tokens before these; one that they fill from end to end has none.
+        causal: whether a token of this call sees only those of this call at its own place and before it.
     """
-    first, queries = (0, mask.shape[1]) if start is None else start
-    if not causal:
-        return jnp.broadcast_to(mask[:, None, :], (mask.shape[0], queries, mask.shape[1]))
-    query = jnp.arange(queries, dtype=jnp.int32)[:, None] + first
-    key = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :]
-    return (key <= query)[None] & mask[:, None, :]
+    t = present.shape[1]
+    new = jnp.broadcast_to(present[:, None, :], (present.shape[0], t, t))
+    if causal:
+        new = new & jnp.tril(jnp.ones((t, t), bool))[None]
+    return Attend(new, None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :])
 
 
 def attention(
     params: Params,
     x: Array,
-    attend: Array,
+    seen: Attend,
     *,
     slot: Slot | None = None,
     rope: tuple[Array, Array] | None = None,
@@ -45,8 +58,8 @@ def attention(
     Args:
         params: `query` `(h k d)`, `key` and `value` `(g k d)`, `output` `(d h k)`, each with an optional bias.
         x: `(b t d)`.
-        attend: `(b t s)` bool from `attend_mask`.
-        slot: this layer's place in the cache; keys and values of `x` are written there first.
+        seen: from `attend`.
+        slot: this layer's place in the cache; keys and values of `x` are written there.
         rope: cosines and sines from `rope_tables`.
         scale: of the scores; `1 / sqrt(k)` if None.
 
@@ -61,28 +74,42 @@ def attention(
     value = linear(params["value"], x, "btd,gkd->btgk")
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    if slot is None:
-        keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    else:
-        slot, keys, values = write(slot, key, value)
-    context = dot_product(query, keys, values, attend, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    parts = [(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new)]
+    if slot is not None and seen.old is not None:
+        parts.insert(0, (*read(slot), seen.old))
+    context = dot_product(query, parts, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    slot = None if slot is None else write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def dot_product(query: Array, keys: Array, values: Array, attend: Array, scale: Any) -> Array:
-    """Softmax attention of `(b t h k)` over `(b g s k)`, heads of a group side by side; returns `(b t h k)`.
+def dot_product(query: Array, parts: Sequence[tuple[Array, Array, Array]], scale: Any) -> Array:
+    """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side; returns `(b t h k)`.
 
     The queries of a group become the rows of one matrix, `n` of them: on CPU, XLA's products and softmax over arrays of
     four axes run at up to three times the speed of those over five.
+
+    Args:
+        query: `(b t h k)`.
+        parts: keys and values `(b g s k)`, and which of them each query sees, `(b t s)` or `(b 1 s)` bool.
+        scale: of the scores.
     """
     b, t, h, k = query.shape
-    groups, each = keys.shape[1], h // keys.shape[1]
+    groups = parts[0][0].shape[1]
+    each = h // groups
     rows = query.reshape(b, t, groups, each, k).transpose(0, 2, 3, 1, 4).reshape(b, groups, each * t, k)
     full = precision(query.dtype)
-    scores = jnp.einsum(
-        "bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32
+    lowest = jnp.finfo(jnp.float32).min
+
+    def score(keys: Array, seen: Array) -> Array:
+        keys = keys.astype(rows.dtype)
+        x = jnp.einsum("bgnk,bgsk->bgns", rows, keys, precision=full, preferred_element_type=jnp.float32)
+        seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
+        return jnp.where(seen[:, None], x * scale, lowest)
+
+    weights = jax.nn.softmax(jnp.concatenate([score(keys, seen) for keys, _, seen in parts], axis=-1), axis=-1)
+    weights = jnp.split(weights.astype(rows.dtype), np.cumsum([keys.shape[2] for keys, *_ in parts])[:-1], axis=-1)
+    context = sum(
+        jnp.einsum("bgns,bgsk->bgnk", w, values.astype(rows.dtype), precision=full)
+        for w, (_, values, _) in zip(weights, parts, strict=True)
     )
-    seen = jnp.tile(attend, (1, each, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(jnp.float32).min), axis=-1).astype(rows.dtype)
-    context = jnp.einsum("bgns,bgsk->bgnk", weights, values.astype(rows.dtype), precision=full)
-    return context.reshape(b, h, t, k).swapaxes(1, 2)
+    return jnp.asarray(context).reshape(b, h, t, k).swapaxes(1, 2)

@@ -53,27 +53,41 @@ def init_cache(params: Params, batch: int, length: int) -> Cache:
     return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
 
-def write(slot: Slot, key: Array, value: Array) -> tuple[Slot, Array, Array]:
-    """Writes new keys and values `(b t g k)` and returns the slot and all of this layer's, `(b g s k)`."""
-    arrays, full = [], []
+def read(slot: Slot) -> tuple[Array, Array]:
+    """All keys and values of this layer, `(b g s k)` each."""
+    if slot.layer is None:
+        return slot.keys, slot.values
+    layer = jnp.asarray(slot.layer, jnp.int32)
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (slot.keys, slot.values))
+    return keys, values
+
+
+def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
+    """Writes new keys and values `(b t g k)`.
+
+    Args:
+        slot: where to.
+        key: keys of the new tokens.
+        value: their values.
+        context: `(b t h k)`, what the layer has read. The new keys are made to depend on it, at no change of their
+            values: XLA's CPU backend copies a whole cache at each step if it may write before it has read.
+    """
+    after = jax.lax.stop_gradient(jnp.minimum(jnp.abs(context[:, :, : key.shape[2]]), 0))
     zero = jnp.zeros((), jnp.int32)
+    arrays = []
     for array, new in ((slot.keys, key), (slot.values, value)):
-        new = new.swapaxes(1, 2).astype(array.dtype)
-        if slot.layer is None:
-            array = jax.lax.dynamic_update_slice(array, new, (zero, zero, slot.start, zero))
-            full.append(array)
-        else:
-            layer = jnp.asarray(slot.layer, jnp.int32)
-            array = jax.lax.dynamic_update_slice(array, new[None], (layer, zero, zero, slot.start, zero))
-            full.append(jax.lax.dynamic_index_in_dim(array, layer, keepdims=False))
-        arrays.append(array)
-    return slot._replace(keys=arrays[0], values=arrays[1]), full[0], full[1]
+        new = (new + after).swapaxes(1, 2).astype(array.dtype)
+        place = (zero, zero, slot.start, zero)
+        if slot.layer is not None:
+            new, place = new[None], (jnp.asarray(slot.layer, jnp.int32), *place)
+        arrays.append(jax.lax.dynamic_update_slice(array, new, place))
+    return slot._replace(keys=arrays[0], values=arrays[1])
 
 
-def extend(cache: Cache, mask: Array) -> Cache:
-    """Marks the next `t` slots by `mask` `(b t)`; the layers then write to them at the old `cache.length`."""
+def extend(cache: Cache, present: Array) -> Cache:
+    """Marks the next `t` slots by `present` `(b t)`."""
     zero = jnp.zeros((), jnp.int32)
     return cache._replace(
-        mask=jax.lax.dynamic_update_slice(cache.mask, mask, (zero, cache.length)),
-        length=cache.length + mask.shape[1],
+        mask=jax.lax.dynamic_update_slice(cache.mask, present, (zero, cache.length)),
+        length=cache.length + present.shape[1],
     )

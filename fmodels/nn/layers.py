@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmodels.nn.cache import Slot
+from fmodels.nn.cache import Slot, extend
 from fmodels.types import Array, Cache, Params
 
 Layer = Callable[[Params, Any, Array, Slot | None], tuple[Array, Slot | None]]
@@ -20,7 +20,7 @@ def run(
     layers: Params | Sequence[Params],
     x: Array,
     cache: Cache | None = None,
-    start: Array | None = None,
+    present: Array | None = None,
     *,
     collect: bool = False,
 ) -> tuple[Array, Cache | None, Array | None]:
@@ -30,21 +30,26 @@ def run(
         layer: the function of one layer; it is called with the layer's parameters, its number, `x` and its `Slot`.
         layers: stacked leaves `(l …)`, or one tree per layer.
         x: `(b t d)`.
-        cache: carried through and returned.
-        start: the slot of the first new token.
+        cache: carried through and returned with the new tokens in it.
+        present: `(b t)` bool, which of the new tokens are real; for the cache.
         collect: also return the input of every layer.
 
     Returns:
         `x`, the cache, and `(l b t d)` or None.
     """
-    if isinstance(layers, Mapping):
-        return _scan(layer, layers, x, cache, start, collect)
+    run_all = _scan if isinstance(layers, Mapping) else _unroll
+    x, cache, inputs = run_all(layer, layers, x, cache, collect)  # pyright: ignore[reportArgumentType]
+    return x, extend(cache, present) if cache is not None and present is not None else cache, inputs
+
+
+def _unroll(
+    layer: Layer, layers: Sequence[Params], x: Array, cache: Cache | None, collect: bool
+) -> tuple[Array, Cache | None, Array | None]:
     inputs = []
     keys, values = (list(cache.keys), list(cache.values)) if cache is not None else ([], [])
     for i, params in enumerate(layers):
         inputs.append(x)
-        slot = Slot(keys[i], values[i], None, start) if cache is not None and start is not None else None
-        x, slot = layer(params, i, x, slot)
+        x, slot = layer(params, i, x, None if cache is None else Slot(keys[i], values[i], None, cache.length))
         if slot is not None:
             keys[i], values[i] = slot.keys, slot.values
     if cache is not None:
@@ -55,7 +60,7 @@ def run(
 
 
 def _scan(
-    layer: Layer, layers: Params, x: Array, cache: Cache | None, start: Array | None, collect: bool
+    layer: Layer, layers: Params, x: Array, cache: Cache | None, collect: bool
 ) -> tuple[Array, Cache | None, Array | None]:
     depth = jax.tree.leaves(layers)[0].shape[0]
     kv = None if cache is None else (cache.keys, cache.values)
@@ -65,7 +70,7 @@ def _scan(
     def body(carry: Any, item: Any) -> Any:
         x, kv = carry
         params, index = item
-        slot = None if kv is None or start is None else Slot(kv[0], kv[1], index, start)
+        slot = None if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length)
         y, slot = layer(params, index, x, slot)
         return (y, None if slot is None else (slot.keys, slot.values)), x if collect else None
 

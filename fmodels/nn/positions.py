@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from fmodels.types import Array
+from fmodels.types import Array, Cache
 
 
 def from_mask(mask: Array) -> Array:
@@ -21,6 +21,15 @@ def from_mask(mask: Array) -> Array:
                [0, 1, 1]], dtype=int32)
     """
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def of_call(tokens: Array, mask: Array | None, positions: Array | None, cache: Cache | None) -> tuple[Array, Array]:
+    """Which tokens of a call are real, `(b t)` bool, and their positions: unless given, they go on after the cache's."""
+    present = jnp.ones(tokens.shape, bool) if mask is None else mask
+    if positions is None:
+        before = 0 if cache is None else cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+        positions = from_mask(present) + before
+    return present, positions
 
 
 def last_real(mask: Array) -> Array:
