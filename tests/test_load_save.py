@@ -102,11 +102,12 @@ def test_dtypes_are_kept(case, name, dtype, tmp_path, caplog):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
-def test_list_load_makes_no_copy(case, tmp_path):
+@pytest.mark.parametrize("layers", ["list", "stacked"])
+def test_load_makes_no_copy(case, layers, tmp_path):
     """Of a file that we wrote, on CPU: leaves lie in the mapped file itself, but where odd sizes push one off 64 bytes."""
     loaded = case("llama/causal-lm")
     fm.save(loaded.params, loaded.config, tmp_path)
-    params, _ = fm.load(tmp_path, layers="list")
+    params, _ = fm.load(tmp_path, layers=layers)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [
         [int(end, 16) for end in line[0].split("-")]

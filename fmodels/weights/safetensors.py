@@ -7,6 +7,7 @@ bits are packed from the lowest bit on, as in torch's `float4_e2m1fn_x2`, and sh
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,7 +120,8 @@ def write(
     """Writes a safetensors file, one tensor at a time, replacing an older file only when all is written.
 
     The format allows no holes, so alignment comes from the order: tensors whose size is a multiple of 64 bytes first,
-    by name, then the odd ones. All but the latter lie on 64-byte boundaries and can be mapped without a copy.
+    then the odd ones. All but the latter lie on 64-byte boundaries and can be mapped without a copy. Within each, names
+    that differ only in their numbers follow each other, so that the layers of a kind lie in one piece.
 
     Args:
         path: the file.
@@ -144,7 +146,7 @@ def write(
     sizes = {name: _size_on_disk(name, tensor) for name, tensor in tensors.items()}
     # The odd ones go by falling size of their elements: each then lies at a multiple of its own element.
     odd = {name: size % ALIGNMENT != 0 for name, size in sizes.items()}
-    order = sorted(sizes, key=lambda name: (odd[name], -tensors[name].dtype.itemsize * odd[name], name))
+    order = sorted(sizes, key=lambda name: (odd[name], -tensors[name].dtype.itemsize * odd[name], *_kind(name)))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name in order:
@@ -161,6 +163,12 @@ def write(
             out.write(_pack(tensors[name]))
             if advance is not None:
                 advance(tensors[name].nbytes)
+
+
+def _kind(name: str) -> tuple[list[str], list[int]]:
+    """The name without its numbers, and the numbers."""
+    words = re.split(r"(\d+)", name)
+    return words[::2], [int(number) for number in words[1::2]]
 
 
 def _header(file: File) -> tuple[dict, int]:

@@ -11,6 +11,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,9 @@ import numpy as np
 
 ALIGNMENT = 64  # bytes: what XLA and dlpack want of a buffer that is used without a copy
 LIMIT = 2**63 - 1  # of a size in bytes
+CHUNK = 2**24  # bytes that one thread reads at a time
+READERS = 4  # threads: more than one for memory and for disks, no more than a disk likes
+LARGE = 2**22  # bytes from which on numpy asks for huge pages
 
 
 class File:
@@ -60,12 +64,36 @@ class File:
         if not hasattr(os, "preadv"):  # Windows
             view[:] = self.mapped[offset : offset + len(view)].data
             return
+        if len(view) <= CHUNK:
+            self._read_chunk(view, offset)
+            return
+        starts = range(0, len(view), CHUNK)
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(lambda start: self._read_chunk(view[start : start + CHUNK], offset + start), starts))
+
+    def _read_chunk(self, view: memoryview, offset: int) -> None:
         done = 0
-        while done < len(view):  # one call reads at most 2 GiB
-            count = os.preadv(self.fd, [view[done : done + 2**30]], offset + done)
+        while done < len(view):
+            count = os.preadv(self.fd, [view[done:]], offset + done)
             if count == 0:
                 raise OSError(f"read: {str(self.path)!r} was cut while it was read; copy or download it again")
             done += count
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary, which XLA on CPU takes over without a copy.
+
+    A large one is mapped by itself, as numpy would ask for huge pages: a virtual machine gets those from its host one by
+    one, and reading into them took twice the time.
+    """
+    dtype = np.dtype(dtype)
+    count = math.prod(shape) * dtype.itemsize
+    if count >= LARGE and hasattr(mmap, "MAP_PRIVATE"):
+        memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+    raw = np.empty(count + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
