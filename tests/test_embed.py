@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
 import fmodels as fm
 from fmodels import pooling as pooling_module
@@ -117,15 +117,13 @@ def saved(case, tmp_path, *modules, name="bert/base"):
     shutil.copytree(loaded.folder, tmp_path / "plain", dirs_exist_ok=True)
     for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         shutil.copy(FOLDER / file, tmp_path / "plain")
-    transformer = sentence_transformers.models.Transformer(str(tmp_path / "plain"))
+    transformer = Transformer(str(tmp_path / "plain"))
     model = sentence_transformers.SentenceTransformer(modules=[transformer, *modules], device="cpu")
     model.save(str(tmp_path / "st"))
     return tmp_path / "st"
 
 
 def test_folders_of_sentence_transformers(case, tmp_path):
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
-
     for i, (modes, normalize) in enumerate([(("mean",), True), (("cls",), False), (("weightedmean", "max"), True)]):
         modules = [Pooling(20, modes), *([Normalize()] if normalize else [])]
         (tmp_path / str(i)).mkdir()
