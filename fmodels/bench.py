@@ -151,7 +151,7 @@ for _ in sys.stdin:
         self.process.wait()
 
 
-def decode(name: str, batch: int, target: float, *, new_tokens: int = 64, repeats: int = 3) -> Iterator[Result]:
+def decode(name: str, batch: int, target: float, *, new_tokens: int = 128, repeats: int = 5) -> Iterator[Result]:
     """Greedy decoding, tokens per second: prompts of 16 tokens, everything included but compilation."""
     import jax
 
@@ -190,7 +190,7 @@ def in_order(texts):
 """
 
 
-def encode(*, repeats: int = 5) -> Iterator[Result]:
+def encode(*, repeats: int = 7) -> Iterator[Result]:
     """A text encoder of MiniLM's shape: equal batches, single texts, and 512 texts of mixed length."""
     import jax
 
@@ -408,9 +408,9 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "compile": compile_time,
     "encode": encode,
     "decode": lambda: decode("llama-50m", 1, 2.5),
-    "decode-batch": lambda: decode("llama-50m", 16, 1.3, new_tokens=32),
+    "decode-batch": lambda: decode("llama-50m", 16, 1.3, new_tokens=64),
     "decode-gpt2": lambda: decode("gpt2-small", 1, 2.0),
-    "decode-0.5b": lambda: decode("qwen2-0.5b-shaped", 1, 2.0, new_tokens=24),
+    "decode-0.5b": lambda: decode("qwen2-0.5b-shaped", 1, 2.0, new_tokens=64, repeats=3),
 }
 """Name -> benchmark."""
 
