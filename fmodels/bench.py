@@ -151,7 +151,7 @@ for _ in sys.stdin:
         self.process.wait()
 
 
-def decode(name: str, batch: int, target: float, *, new_tokens: int = 128, repeats: int = 5) -> Iterator[Result]:
+def decode(name: str, batch: int, target: float, *, new_tokens: int = 64, repeats: int = 9) -> Iterator[Result]:
     """Greedy decoding, tokens per second: prompts of 16 tokens, everything included but compilation."""
     import jax
 
@@ -206,7 +206,8 @@ def encode(*, repeats: int = 7) -> Iterator[Result]:
             setup = f"{_POOL}\nids = torch.tensor({tokens.tolist()})"
             with Theirs(folder, setup, "pool(ids, torch.ones_like(ids))") as theirs:
                 run = lambda tokens=tokens: jax.block_until_ready(fm.embed(params, config, tokens))  # noqa: E731
-                ours_s, theirs_s = median_of(run, theirs, repeats=repeats, calls=20 if batch == 1 else 1)
+                turns = {"repeats": 30, "calls": 5} if batch == 1 else {"repeats": repeats}
+                ours_s, theirs_s = median_of(run, theirs, **turns)
             name = f"encode {batch} × {length} tokens"
             yield Result(name, batch / ours_s, batch / theirs_s, "texts/s", theirs_s / ours_s, f">= {target}")
         lengths = np.clip(random.lognormal(3.6, 0.7, 512), 4, 256).astype(int)
@@ -408,9 +409,9 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "compile": compile_time,
     "encode": encode,
     "decode": lambda: decode("llama-50m", 1, 2.5),
-    "decode-batch": lambda: decode("llama-50m", 16, 1.3, new_tokens=64),
+    "decode-batch": lambda: decode("llama-50m", 16, 1.3, repeats=5),
     "decode-gpt2": lambda: decode("gpt2-small", 1, 2.0),
-    "decode-0.5b": lambda: decode("qwen2-0.5b-shaped", 1, 2.0, new_tokens=64, repeats=3),
+    "decode-0.5b": lambda: decode("qwen2-0.5b-shaped", 1, 2.0, repeats=3),
 }
 """Name -> benchmark."""
 

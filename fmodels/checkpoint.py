@@ -21,7 +21,7 @@ from fmodels import hub, layout, schema, tree
 from fmodels.api import check
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
-from fmodels.models._base import LM_TASKS, init_normal
+from fmodels.models._base import init_normal
 from fmodels.pooling import read_pooling
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
@@ -51,7 +51,7 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     except ValueError as error:
         raise ValueError(f"{error}\n(in {str(folder / 'config.json')!r})") from None
     options = _read_json(folder / "generation_config.json")
-    if options is None and config.task in LM_TASKS:
+    if options is None and config.task in schema.LM_TASKS:
         options = {
             name: data[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if data.get(name) is not None
         }
@@ -352,7 +352,7 @@ def save(
     check(params, config)
     data = {**config.to_hf(), "dtype": np.dtype(params["embed"]["tokens"].dtype).name}
     files = {"config.json": _json(data)}
-    if config.generation is not None and config.task in LM_TASKS:
+    if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     write_folder(
         folder, disk_tensors(params, config), format=format, max_shard_size=max_shard_size, variant=variant, files=files

@@ -13,7 +13,7 @@ import numpy as np
 from fmodels.generation import decode
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
-from fmodels.models._base import LM_TASKS
+from fmodels.schema import LM_TASKS
 from fmodels.types import Array, Key, Params
 
 

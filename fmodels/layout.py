@@ -16,7 +16,6 @@ import numpy as np
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
-from fmodels.models._base import LM_TASKS
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import rules
@@ -173,7 +172,9 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
     if tied and config.tie_word_embeddings:
-        tensors |= {name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and config.task in LM_TASKS}
+        tensors |= {
+            name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and config.task in schema.LM_TASKS
+        }
     return tensors
 
 
@@ -194,6 +195,6 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
     names = {
         name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
     }
-    if tied and config.tie_word_embeddings and config.task in LM_TASKS:
+    if tied and config.tie_word_embeddings and config.task in schema.LM_TASKS:
         names |= {name: (leaf,) for name, leaf in weights.tied.items()}
     return names

@@ -49,6 +49,9 @@ SIZES = {
 CLASSES = {"multiple-choice": 1, "double-heads": 1, "next-sentence": 2, "pretraining": 2, "question-answering": 2}
 """Task -> the classes that its head has, whatever the config's `num_labels` says."""
 
+LM_TASKS = ("causal-lm", "masked-lm", "pretraining", "double-heads")
+"""Tasks whose head gives a logit for each token of the vocabulary."""
+
 AXES = {
     "embed.tokens": "v d",
     "embed.positions": "p d",

@@ -34,6 +34,8 @@ class LoopbackHub:
 
     def __init__(self):
         self.repos, self.requests, self.private = {}, [], []
+        self.lfs_from = 2**62  # files of so many bytes go through large file storage
+        self.large = {}  # oid -> bytes uploaded there
         self.before = lambda method, path: None  # called before each request, to change things under way
         hub = self
 
@@ -65,6 +67,7 @@ class LoopbackHub:
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
@@ -91,6 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.answer()
 
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.requests.append(("PUT", self.path))
+        self.hub.large[hashlib.sha256(body).hexdigest()] = body
+        self.send(200, b"", {"ETag": '"1"'})
+
     def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
@@ -100,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.create(json.loads(body))
         if self.command == "POST" and path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
+        if self.command == "POST" and path.endswith(".git/info/lfs/objects/batch"):
+            return self.batch(json.loads(body))
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path)
         if match:
             action, rest = match[2] or "revision", match[3] or "main"
@@ -127,7 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json(entries)
         if action == "preupload":
             asked = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]
+            mode = {True: "lfs", False: "regular"}
+            modes = [
+                {"path": f["path"], "uploadMode": mode[f["size"] >= self.hub.lfs_from], "shouldIgnore": False}
+                for f in asked
+            ]
             return self.json({"files": modes})
         if action == "commit":
             return self.commit(match[1], repo, rest, dict(files), body)
@@ -143,16 +158,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.private.append(wanted.get("private") or wanted.get("visibility") == "private")
         return self.json({"url": f"{self.hub.url}/{name}"})
 
+    def batch(self, wanted):
+        objects = [
+            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/large/{o['oid']}"}}}
+            for o in wanted["objects"]
+        ]
+        body = json.dumps({"transfer": "basic", "objects": objects}).encode()
+        self.send(200, body, {"Content-Type": "application/vnd.git-lfs+json"})
+
     def commit(self, name, repo, branch, files, body):
+        proposed = "create_pr=1" in urlsplit(self.path).query
+        branch = "refs/pr/1" if proposed else branch
         lines = [json.loads(line) for line in body.splitlines()]
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = repo.commit(files, branch, lines[0]["value"]["summary"])
-        self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True})
+        answer = {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
+        self.json(answer | ({"pullRequestUrl": f"{self.hub.url}/{name}/discussions/1"} if proposed else {}))
 
     def file(self, sha, content):
         if content is None:

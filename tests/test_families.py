@@ -38,6 +38,17 @@ def test_every_task_of_every_family_has_a_row():
         assert FAMILIES[case.family].config.ARCHITECTURES[case.task] == case.architecture
 
 
+def test_other_summaries_are_refused():
+    """transformers takes them along the axis of the choices: a logit per token, of one choice."""
+    case = families.by_name("gpt2/double-heads")
+    data = families.build(case).config.to_dict() | {"architectures": [case.architecture]}
+    assert fm.models.gpt2.Config.from_hf(data).task == "double-heads"
+    with pytest.raises(ValueError, match="summary_type='mean' is not supported, only 'cls_index'"):
+        fm.models.gpt2.Config.from_hf(data | {"summary_type": "mean"})
+    other = data | {"summary_type": "mean", "architectures": ["GPT2LMHeadModel"]}
+    assert fm.models.gpt2.Config.from_hf(other).to_hf()["summary_type"] == "mean"
+
+
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_outputs_and_hidden_states(loaded, padding):
     assert loaded.config.task == loaded.case.task

@@ -189,6 +189,27 @@ def test_push(site, tmp_path):
         hub.push(tmp_path / "none", "me/new")
 
 
+def test_push_as_a_pull_request(site, tmp_path):
+    write_folder(tmp_path / "out", {"a": Tensor.lazy("a", np.int8, (), lambda: np.array(3, np.int8))})
+    site.repos["me/theirs"] = repo = Repo({"README.md": b"theirs"})
+    url = hub.push(tmp_path / "out", "me/theirs", create_pr=True, commit_message="Add weights")
+    assert url == f"{site.url}/me/theirs/discussions/1"
+    assert sorted(repo.find("main")[1]) == ["README.md"]
+    assert sorted(repo.find("refs/pr/1")[1]) == ["README.md", "model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own call of httpx
+def test_push_of_large_files(site, tmp_path):
+    big = np.arange(5000, dtype=np.int32)
+    write_folder(tmp_path / "out", {"a": Tensor.lazy("a", big.dtype, big.shape, lambda: big)})
+    (tmp_path / "out" / "config.json").write_text("{}")
+    site.lfs_from = 1000
+    hub.push(tmp_path / "out", "me/large", token=SECRET)
+    assert [path for method, path in site.requests if method == "PUT"]
+    assert np.array_equal(read_folder(hub.resolve("me/large"))[0]["a"].array(), big)
+    assert len(site.large) == 1  # config.json is a file of the commit
+
+
 def test_environment_of_another_process(site, tmp_path):
     site.repos["me/model"] = Repo(weights(tmp_path))
     code = "import sys; from fmodels import hub; print(hub.resolve('me/model'))"

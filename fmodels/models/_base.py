@@ -17,8 +17,6 @@ from fmodels.nn.positions import last_real
 from fmodels.types import Array, Cache, Key, Output, Params
 from fmodels.weights.rules import Weights
 
-LM_TASKS = ("causal-lm", "masked-lm", "pretraining", "double-heads")
-
 IRRELEVANT = frozenset(
     """_name_or_path name_or_path transformers_version use_cache return_dict return_dict_in_generate torchscript
     output_attentions output_hidden_states output_scores attn_implementation _attn_implementation
@@ -301,7 +299,7 @@ def decoder_head(
     out = Output(hidden=hidden, cache=cache)
     if config.task == "base":
         return out
-    if config.task in LM_TASKS:
+    if config.task in schema.LM_TASKS:
         return out._replace(logits=lm_logits(params, hidden if select is None else at(hidden, select)[:, None]))
     logits = linear(params["classifier"], hidden).astype(jnp.float32)
     if config.task == "sequence-classification":

@@ -87,6 +87,14 @@ class Config(BaseConfig):
         "question-answering": "GPT2ForQuestionAnswering",
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task == "double-heads" and self.summary_type != "cls_index":
+            raise ValueError(
+                f"gpt2.Config: summary_type={self.summary_type!r} is not supported, only 'cls_index': with choices side by "
+                "side transformers takes the others along the axis of the choices"
+            )
+
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         hidden, heads = data.get("n_embd", cls.hidden_size), data.get("n_head", cls.num_heads)
@@ -177,15 +185,8 @@ def _summary(params: Params, config: Config, hidden: Array, mask: Array | None) 
 
     Source: transformers' `GPT2SequenceSummary`.
     """
-    if config.summary_type == "mean":
-        vector = hidden.mean(1)
-    elif config.summary_type == "first":
-        vector = hidden[:, 0]
-    else:
-        last = jnp.full(hidden.shape[:1], hidden.shape[1] - 1)
-        if mask is not None and config.summary_type == "cls_index":
-            last = last_real(mask)
-        vector = at(hidden, last)
+    last = jnp.full(hidden.shape[:1], hidden.shape[1] - 1) if mask is None else last_real(mask)
+    vector = at(hidden, last)
     logits = linear(params["classifier"], vector, "bd,cd->bc")[:, 0].astype(jnp.float32)
     return activation(config.summary_activation)(logits) if config.summary_activation else logits
 

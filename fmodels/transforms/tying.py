@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import tree
+from fmodels.schema import LM_TASKS
 from fmodels.types import Params
 
 Config = TypeVar("Config", bound=Any)
-
-LM_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "pretraining", "double-heads")
-"""Tasks whose head has a row per token."""
 
 
 def untie(params: Params, config: Config) -> tuple[Params, Config]:
