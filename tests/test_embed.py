@@ -207,7 +207,7 @@ def test_many_texts_in_few_shapes(case):
     program = sys.modules["fmodels.embed"]._embed
     before = program._cache_size()
     got = fm.embed_texts(loaded.params, loaded.config, iter(texts), pooling="mean", batch_size=16)
-    assert program._cache_size() - before <= 5 + 1  # 16, 24, 32 tokens; what is left over in a lower batch
+    assert program._cache_size() - before <= 3 + 1  # 16, 24, 32 tokens; what is left over in a lower batch
     assert got.shape == (150, 20)
     width = max(map(len, texts))
     tokens = np.array([row + [3] * (width - len(row)) for row in texts])

@@ -18,13 +18,6 @@ from tests import families
 CAUSAL = [c.name for c in families.CASES if c.task == "causal-lm"]
 PLAIN = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
 
-# A gradient takes seconds to compile; heads that are one more linear map are left to their outputs.
-DIFFERENTIATED = [
-    *("gpt2/causal-lm", "gpt2/causal-lm/untied", "gpt2/double-heads"),
-    *("llama/causal-lm", "llama/causal-lm/tied-biases", "llama/sequence-classification"),
-    *("bert/base", "bert/masked-lm/untied", "bert/pretraining", "bert/question-answering", "bert/multiple-choice"),
-]
-
 
 def check_parity(loaded, padding=None, **options):
     got = loaded.forward(padding, **options)
@@ -106,10 +99,8 @@ def test_cached_decode(case, name, chunks):
         assert error[given["mask"].astype(bool)].max() < 1e-5
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_gradients(case, name):
+def test_gradients(loaded):
     """Of a random linear functional of the outputs, mapped to transformers' names."""
-    loaded = case(name)
     given, random = loaded.inputs(), np.random.default_rng(0)
     names = [n for n in loaded.reference() if n != "hidden_states"]
     weights = {n: random.normal(size=loaded.reference()[n].shape).astype(np.float32) for n in names}
@@ -144,7 +135,7 @@ def test_tree_fits_config(loaded):
     assert sum(a.size for a in jax.tree.leaves(loaded.params)) == sum(p.numel() for p in loaded.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["gpt2/causal-lm", "bert/pretraining"])
+@pytest.mark.parametrize("name", [*PLAIN, "gpt2/double-heads", "bert/pretraining"])
 def test_init_like_transformers(case, name):
     """Fresh parameters: the same leaves, and the same spread of each as a fresh model of transformers."""
     loaded = case(name)

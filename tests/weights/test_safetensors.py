@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fmodels.weights import Tensor, safetensors
+from fmodels.weights import tensors as tensors_module
 from fmodels.weights.tensors import brief, listing
 
 TORCH = {
@@ -342,3 +343,15 @@ def test_fuzz(tmp_path_factory, header, data, length):
     assert total == 8 * len(data)
     for t in tensors.values():
         assert t.array().shape == t.shape
+
+
+def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+    """By several threads, into memory of its own, on 64-byte boundaries; the last piece is shorter."""
+    array = np.random.default_rng(0).integers(0, 2**31, 3001, dtype=np.int32)
+    safetensors.write(tmp_path / "a", {"x": tensor(array)})
+    monkeypatch.setattr(tensors_module, "CHUNK", 1000)
+    monkeypatch.setattr(tensors_module, "LARGE", 4096)
+    out = tensors_module.aligned_empty(array.shape, array.dtype)
+    safetensors.read(tmp_path / "a")[0]["x"].read_into(out)
+    assert out.ctypes.data % 64 == 0
+    assert np.array_equal(out, array)
