@@ -42,8 +42,41 @@ def einsum(equation: str, x: Array, weight: Any) -> Array:
     # As one matrix: XLA's CPU backend copies a weight with several input or output axes at every product.
     matrix = weight.reshape(math.prod(rest), -1).astype(x.dtype)
     rows = x.reshape(*lead, matrix.shape[1])
-    product = jax.lax.dot_general(rows, matrix, (((len(lead),), (1,)), ((), ())), precision=precision(x.dtype))
-    return product.reshape(*lead, *rest)
+    product = _few_rows if _is_few(rows, matrix) else _product
+    return product(rows, matrix).reshape(*lead, *rest)
+
+
+def _product(rows: Array, matrix: Array) -> Array:
+    """`(… i) × (o i) -> (… o)`."""
+    last = rows.ndim - 1
+    return jax.lax.dot_general(rows, matrix, (((last,), (1,)), ((), ())), precision=precision(rows.dtype))
+
+
+FEW = 64
+"""Rows up to which XLA's CPU backend multiplies faster with the weight on the left: 1.5 times with 16 or 32 of them."""
+SMALL = 2**19
+"""Elements up to which it multiplies a weight and a single row on one core."""
+
+
+def _is_few(rows: Array, matrix: Array) -> bool:
+    count = rows.size // rows.shape[-1] if all(isinstance(n, int) for n in rows.shape) else FEW + 1
+    return jax.default_backend() == "cpu" and rows.dtype == jnp.float32 and 1 <= count <= FEW
+
+
+def _few_rows(rows: Array, matrix: Array) -> Array:
+    """`_product` in the form that is fastest on CPU for few rows; the same sums."""
+    outputs, inputs = matrix.shape
+    flat = rows.reshape(-1, inputs)
+    if flat.shape[0] > 1:
+        # The barrier keeps XLA from turning the product around again.
+        product = jax.lax.optimization_barrier(_product(matrix, flat)).T
+    elif outputs % 2 or matrix.size > SMALL:
+        product = _product(flat, matrix)
+    else:  # half of the outputs on each of two cores
+        halves = matrix.reshape(2, outputs // 2, inputs)
+        both = jnp.broadcast_to(flat, (2, inputs))
+        product = jax.lax.dot_general(halves, both, (((2,), (1,)), ((0,), (0,))), precision=precision(rows.dtype))
+    return product.reshape(*rows.shape[:-1], outputs)
 
 
 @functools.cache
