@@ -13,6 +13,20 @@ Params: TypeAlias = dict[str, Any]
 """A nested dict of arrays. `params["layers"]` is a dict of stacked leaves or a tuple with one dict per layer."""
 
 
+class Cross(NamedTuple):
+    """Keys and values of what the encoder has read, for the decoder's cross-attention.
+
+    Attributes:
+        keys: `(l b g s k)`, or a tuple of `(b g s k)`, of the decoder's layers.
+        values: as `keys`.
+        mask: `(b s)` bool, True for real tokens.
+    """
+
+    keys: Any
+    values: Any
+    mask: Array
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; an argument of `forward` and part of what it returns.
 
@@ -20,13 +34,16 @@ class Cache(NamedTuple):
         keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape.
         values: as `keys`.
         mask: `(b s)` bool, True where a slot holds a real token.
-        length: `()` int32, the number of slots written so far; the next token goes to this slot in every row.
+        length: int32, the number of slots written so far, which is the slot of the next token: `()` for all rows, or
+            `(b)` where rows are at different places.
+        cross: the encoder's keys and values, for encoder-decoder models.
     """
 
     keys: Any
     values: Any
     mask: Array
     length: Array
+    cross: Cross | None = None
 
 
 class Output(NamedTuple):

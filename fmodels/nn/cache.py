@@ -18,7 +18,7 @@ class Slot(NamedTuple):
         keys: `(l b g s k)` with `layer`, or this layer's own `(b g s k)` without.
         values: as `keys`.
         layer: index into the leading axis, or None.
-        start: `()` int32, the slot of the first new token.
+        start: int32, the slot of the first new token: `()`, or `(b)` where rows are at different places.
     """
 
     keys: Array
@@ -77,6 +77,9 @@ def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
     arrays = []
     for array, new in ((slot.keys, key), (slot.values, value)):
         new = (new + after).swapaxes(1, 2).astype(array.dtype)
+        if slot.start.ndim:
+            arrays.append(_write_rows(array, new, slot))
+            continue
         place = (zero, zero, slot.start, zero)
         if slot.layer is not None:
             new, place = new[None], (jnp.asarray(slot.layer, jnp.int32), *place)
@@ -84,10 +87,63 @@ def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
     return slot._replace(keys=arrays[0], values=arrays[1])
 
 
+def _write_rows(array: Array, new: Array, slot: Slot) -> Array:
+    """`array` with `new` `(b g t k)` written from `slot.start` `(b)` on, each row at its own place."""
+    b, g, t, _ = new.shape
+    rows = jnp.arange(b)[:, None, None]
+    groups = jnp.arange(g)[None, :, None]
+    places = slot.start[:, None, None] + jnp.arange(t, dtype=jnp.int32)[None, None, :]
+    where = array.at[rows, groups, places] if slot.layer is None else array.at[slot.layer, rows, groups, places]
+    return where.set(new, mode="drop", unique_indices=True)
+
+
 def extend(cache: Cache, present: Array) -> Cache:
     """Marks the next `t` slots by `present` `(b t)`."""
     zero = jnp.zeros((), jnp.int32)
-    return cache._replace(
-        mask=jax.lax.dynamic_update_slice(cache.mask, present, (zero, cache.length)),
-        length=cache.length + present.shape[1],
-    )
+    t = present.shape[1]
+    if cache.length.ndim:
+        places = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        mask = cache.mask.at[jnp.arange(present.shape[0])[:, None], places].set(present, mode="drop")
+    else:
+        mask = jax.lax.dynamic_update_slice(cache.mask, present, (zero, cache.length))
+    return cache._replace(mask=mask, length=cache.length + t)
+
+
+def map_rows(cache: Cache, function: Any) -> Cache:
+    """The cache with `function(array, axis)` applied to every array that has an axis of rows, and which axis that is."""
+    stacked = not isinstance(cache.keys, tuple)
+
+    def both(keys: Any, values: Any) -> tuple[Any, Any]:
+        axis = 1 if stacked else 0
+        return jax.tree.map(lambda x: function(x, axis), (keys, values))
+
+    keys, values = both(cache.keys, cache.values)
+    cross = cache.cross
+    if cross is not None:
+        cross = cross._replace(**dict(zip(("keys", "values"), both(cross.keys, cross.values), strict=True)))
+        cross = cross._replace(mask=function(cross.mask, 0))
+    length = function(cache.length, 0) if cache.length.ndim else cache.length
+    return Cache(keys, values, function(cache.mask, 0), length, cross)
+
+
+def take_rows(cache: Cache, rows: Array) -> Cache:
+    """Rows of the cache, by number, in a new order: `rows` `(n)` int32."""
+    return map_rows(cache, lambda x, axis: jnp.take(x, rows, axis=axis))
+
+
+def repeat_rows(cache: Cache, count: int) -> Cache:
+    """Each row `count` times, copies side by side."""
+    return cache if count == 1 else map_rows(cache, lambda x, axis: jnp.repeat(x, count, axis=axis))
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """A cache with room for `slots`, those that it has included."""
+    more = slots - cache.mask.shape[1]
+    if more <= 0:
+        return cache
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+    keys, values = jax.tree.map(pad, (cache.keys, cache.values))
+    return cache._replace(keys=keys, values=values, mask=jnp.pad(cache.mask, [(0, 0), (0, more)]))
