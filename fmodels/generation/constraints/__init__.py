@@ -1,0 +1,13 @@
+"""Constrained decoding: what a text must be, as automata over tokens that run on the device, and stop strings."""
+
+from fmodels.generation.constraints.automaton import TokenAutomaton as TokenAutomaton
+from fmodels.generation.constraints.automaton import advance as advance
+from fmodels.generation.constraints.automaton import allowed as allowed
+from fmodels.generation.constraints.automaton import require_room as require_room
+from fmodels.generation.constraints.automaton import stack as stack
+from fmodels.generation.constraints.constraint import Constraint as Constraint
+from fmodels.generation.constraints.constraint import choices as choices
+from fmodels.generation.constraints.constraint import regex as regex
+from fmodels.generation.constraints.dfa import TooLargeError as TooLargeError
+from fmodels.generation.constraints.vocabulary import Vocabulary as Vocabulary
+from fmodels.generation.constraints.vocabulary import read_vocabulary as read_vocabulary
