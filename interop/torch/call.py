@@ -1,0 +1,90 @@
+"""One run of a model on PyTorch's tensors, with gradients: what `TorchModel.forward` does once its inputs are read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import torch
+from torch import Tensor
+
+import fmodels as fm
+from interop.torch.arrays import to_jax, to_tensor
+
+FIELDS = ("logits", "hidden", "pooled", "sequence_logits", "hidden_states")
+"""The fields of `fm.Output` that `TorchModel` returns."""
+
+
+class Call:
+    """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran."""
+
+    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, hidden_states: bool) -> None:
+        self.names, self.inputs = names, inputs
+        self.static = {"config": config, "hidden_states": hidden_states}
+        self.fields: list[str] = []
+
+    def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
+        out = _run(
+            {name: to_jax(name, t) for name, t in zip(self.names, tensors, strict=True)}, self.inputs, **self.static
+        )
+        return self._finish(out, out)
+
+    def run_with_vjp(self, tensors: Iterable[Tensor], trained: Iterable[bool]) -> tuple[dict[str, jax.Array], Any]:
+        """The outputs, and what `_backward` needs for the gradients with respect to those tensors that are `trained`."""
+        split: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        for name, tensor, wanted in zip(self.names, tensors, trained, strict=True):
+            split[not wanted][name] = to_jax(name, tensor)
+        out, vjp = _run_with_vjp(*split, self.inputs, **self.static)
+        return self._finish(out, (out, vjp)), vjp
+
+    def _finish(self, out: dict[str, jax.Array], everything: Any) -> dict[str, jax.Array]:
+        # JAX reads the tensors' own memory: it must be done before PyTorch may write to them again.
+        jax.block_until_ready(everything)
+        self.fields = list(out)
+        return out
+
+
+class Differentiable(torch.autograd.Function):
+    """The model as one node of PyTorch's graph: `(call, *tensors) -> outputs`."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        # What the backward pass needs may be the memory of a parameter itself; saving them lets PyTorch notice changes.
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        out, ctx.vjp = call.run_with_vjp(tensors, ctx.needs_input_grad[1:])
+        values = tuple(to_tensor(value) for value in out.values())
+        ctx.like = [(value.shape, value.dtype) for value in values]
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _ = ctx.saved_tensors  # raises if one was changed in place since
+        cotangents = {
+            name: to_jax(name, torch.zeros(shape, dtype=dtype) if gradient is None else gradient)
+            for name, (shape, dtype), gradient in zip(ctx.call.fields, ctx.like, gradients, strict=True)
+        }
+        found = jax.block_until_ready(_backward(ctx.vjp, cotangents))
+        return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
+def _run(tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, hidden_states: bool) -> dict[str, jax.Array]:
+    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, hidden_states=hidden_states)
+    return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
+def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, hidden_states: bool) -> tuple[Any, Any]:
+    return jax.vjp(
+        lambda tensors: _run({**tensors, **fixed}, inputs, config=config, hidden_states=hidden_states), trained
+    )
+
+
+@jax.jit
+def _backward(vjp: Any, cotangents: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return vjp(cotangents)[0]
