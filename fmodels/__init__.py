@@ -23,6 +23,7 @@ from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
 from fmodels.layout import to_disk as to_disk
 from fmodels.nn.cache import init_cache as init_cache
+from fmodels.programs import compile_count as compile_count
 from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops
 from fmodels.transforms.counting import memory_footprint as memory_footprint

@@ -37,6 +37,7 @@ class Cache(NamedTuple):
         length: int32, the number of slots written so far, which is the slot of the next token: `()` for all rows, or
             `(b)` where rows are at different places.
         cross: the encoder's keys and values, for encoder-decoder models.
+        other: the cache of a second text that is read along, under classifier-free guidance.
     """
 
     keys: Any
@@ -44,6 +45,7 @@ class Cache(NamedTuple):
     mask: Array
     length: Array
     cross: Cross | None = None
+    other: Cache | None = None
 
 
 class Output(NamedTuple):
@@ -59,6 +61,9 @@ class Output(NamedTuple):
         sequence_logits: float32; the second head of models that have two: `(b 2)` for BERT's pretraining task,
             `(b n)` for GPT-2's double heads.
         hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`; `b` counts every choice.
+        encoder_hidden: `(b s d)`, the encoder's last hidden state, where an encoder ran before a decoder, whose fields
+            are those above.
+        encoder_hidden_states: `(l+1 b s d)`, on request, as `hidden_states`.
     """
 
     logits: Array | None = None
@@ -67,3 +72,5 @@ class Output(NamedTuple):
     pooled: Array | None = None
     sequence_logits: Array | None = None
     hidden_states: Array | None = None
+    encoder_hidden: Array | None = None
+    encoder_hidden_states: Array | None = None

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,8 +10,6 @@ import transformers as hf
 from scipy import stats
 
 import fmodels as fm
-from fmodels.generate import _generate
-from fmodels.generation import logits as rules
 from interop.transformers import from_transformers
 
 VOCAB = 61
@@ -157,46 +154,6 @@ def test_stacked_and_list_agree(pair):
     np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-# Logits functions against transformers' processors on the same logits.
-
-
-def random_logits(kind: str, batch: int = 5):
-    scale = {"flat": 0.1, "plain": 2.0, "peaked": 12.0}[kind]
-    return np.random.default_rng(1).normal(0, scale, (batch, VOCAB)).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", ["flat", "plain", "peaked"])
-@pytest.mark.parametrize(
-    ("ours", "theirs", "values"),
-    [
-        (rules.top_k, hf.TopKLogitsWarper, [1, 2, 7, 50, 61]),
-        (rules.top_p, hf.TopPLogitsWarper, [0.01, 0.3, 0.7, 0.95, 1.0]),
-        (rules.min_p, hf.MinPLogitsWarper, [0.0, 0.01, 0.1, 0.5, 1.0]),
-        (rules.temperature, hf.TemperatureLogitsWarper, [0.1, 0.7, 1.0, 1.5, 9.0]),
-    ],
-)
-def test_rules_equal_transformers_processors(kind, ours, theirs, values):
-    """Every row has its own parameter, which transformers sees one at a time."""
-    logits = random_logits(kind)
-    dtype = np.int32 if ours is rules.top_k else np.float32
-    got = ours(jnp.asarray(logits), jnp.asarray(np.array(values, dtype)))
-    want = np.concatenate(
-        [theirs(v)(None, torch.tensor(row[None])).numpy() for v, row in zip(values, logits, strict=True)]
-    )
-    np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
-def test_repetition_penalty_equals_transformers():
-    logits = random_logits("plain", 3)
-    tokens = np.array([[1, 2, 2], [4, 5, 6], [7, 7, 7]])
-    seen = np.zeros((3, VOCAB), bool)
-    seen[np.arange(3)[:, None], tokens] = True
-    got = rules.repetition_penalty(jnp.asarray(logits), jnp.asarray(seen), jnp.asarray([1.3] * 3, jnp.float32))
-    want = hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(tokens), torch.tensor(logits)).numpy()
-    np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
 def test_sampling_draws_from_transformers_distribution(llama):
     """The first sampled token of 4000 rows, against the probabilities after transformers' processors: chi-square."""
     model, params, config = llama
@@ -257,18 +214,18 @@ def test_one_program_per_bucket(llama):
     """Prompt lengths, numbers of new tokens and values of options compile nothing new inside of a bucket."""
     _, params, config = llama
     fm.generate(params, config, prompts(2, 17)[0], max_new_tokens=17)
-    before = _generate._cache_size()
+    before = fm.compile_count()
     for length in range(17, 25):
         options = fm.GenerationConfig(repetition_penalty=1 + length / 100, eos_token_id=[length, 2])
         fm.generate(params, config, prompts(2, length)[0], max_new_tokens=length, options=options)
-    assert _generate._cache_size() == before
+    assert fm.compile_count() == before
     sampled = [
         fm.GenerationConfig(do_sample=True, temperature=t, top_k=k, top_p=p)
         for t, k, p in ((0.5, 3, 0.9), (2.0, 0, 1.0))
     ]
     for options in sampled:
         fm.generate(params, config, prompts(2, 18)[0], max_new_tokens=20, options=options, key=jax.random.key(0))
-    assert _generate._cache_size() <= before + 1
+    assert fm.compile_count() == before
 
 
 def test_generation_config_is_read_and_written(llama, tmp_path):
@@ -302,9 +259,11 @@ def test_generation_config_is_read_and_written(llama, tmp_path):
         ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"do_sample": "yes"}, ValueError, "do_sample"),
-        ({"num_beams": 4}, NotImplementedError, "num_beams"),
-        ({"no_repeat_ngram_size": 2}, NotImplementedError, "no_repeat_ngram_size"),
-        ({"bad_words_ids": [[1]]}, NotImplementedError, "bad_words_ids"),
+        ({"num_beams": 0}, ValueError, "num_beams"),
+        ({"no_repeat_ngram_size": -2}, ValueError, "no_repeat_ngram_size"),
+        ({"bad_words_ids": [1]}, ValueError, "bad_words_ids"),
+        ({"early_stopping": "soon"}, ValueError, "early_stopping"),
+        ({"token_healing": True}, NotImplementedError, "token_healing"),
         ({"temprature": 1.0}, TypeError, "temperature"),
     ],
 )

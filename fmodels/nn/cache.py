@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ def init_cache(params: Params, batch: int, length: int) -> Cache:
     """An empty cache for `length` tokens; its shapes and dtype are read from the parameters.
 
     Args:
-        params: a tree with `layers.attention.key`.
+        params: a tree with `layers.attention.key`, or `decoder.layers.attention.key`.
         batch: rows.
         length: slots per row.
 
@@ -39,17 +40,22 @@ def init_cache(params: Params, batch: int, length: int) -> Cache:
         A `Cache` with stacked `(l b g s k)` arrays for a stacked tree, with a tuple of them for a tuple of layers.
     """
     dtype = params["embed"]["tokens"].dtype
+    stacks = tree.stacks(params)
+    layers = stacks.get("decoder.layers", stacks.get("layers"))
+    if layers is None:
+        raise ValueError(f"init_cache: this model has no decoder, only {', '.join(stacks)}; it needs no cache")
 
     def zeros(weight: Any) -> Array:
-        *layers, groups, size, _ = weight.shape
-        return jnp.zeros((*layers, batch, groups, length, size), dtype)
+        *depth, groups, size, _ = weight.shape
+        return jnp.zeros((*depth, batch, groups, length, size), dtype)
 
-    if tree.is_stacked(params):
-        keys, values = (zeros(tree.get(params, f"layers.attention.{name}.weight")) for name in ("key", "value"))
+    def of_layer(layer: Params) -> tuple[Array, Array]:
+        return zeros(layer["attention"]["key"]["weight"]), zeros(layer["attention"]["value"]["weight"])
+
+    if isinstance(layers, Mapping):
+        keys, values = of_layer(dict(layers))
     else:
-        keys, values = (
-            tuple(zeros(layer["attention"][name]["weight"]) for layer in params["layers"]) for name in ("key", "value")
-        )
+        keys, values = (tuple(part) for part in zip(*map(of_layer, layers), strict=True))
     return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
 
@@ -123,7 +129,8 @@ def map_rows(cache: Cache, function: Any) -> Cache:
         cross = cross._replace(**dict(zip(("keys", "values"), both(cross.keys, cross.values), strict=True)))
         cross = cross._replace(mask=function(cross.mask, 0))
     length = function(cache.length, 0) if cache.length.ndim else cache.length
-    return Cache(keys, values, function(cache.mask, 0), length, cross)
+    other = None if cache.other is None else map_rows(cache.other, function)
+    return Cache(keys, values, function(cache.mask, 0), length, cross, other)
 
 
 def take_rows(cache: Cache, rows: Array) -> Cache:
