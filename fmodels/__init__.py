@@ -18,6 +18,7 @@ from fmodels.embed import embed_texts as embed_texts
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
+from fmodels.generation import constraints as constraints
 from fmodels.generation.config import GenerationConfig as GenerationConfig
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk

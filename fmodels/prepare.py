@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import strategies
+from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
 from fmodels.generation.options import Options, Processor, build
@@ -159,8 +160,13 @@ def prepare(
         keep_cache=keep_cache,
         quantized=first.cache_implementation == "quantized",
     )
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else typed(key)
     return Call(prompt, present, (params, config, plan, inputs, arrays, key), first.max_time)
+
+
+def typed(key: Key) -> Key:
+    """A key of `jax.random.key`, also from one of the older `jax.random.PRNGKey`."""
+    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _check_task(config: Config) -> bool:
@@ -366,7 +372,20 @@ def _automata(
     """The compiled automata of a constraint and of stop strings."""
     if constraint is None and options.stop_strings is None:
         return Automata()
-    raise NotImplementedError("generate: constraint and stop_strings are not supported yet")
+    if tokenizer is None:
+        raise ValueError("generate: constraint and stop_strings are about text; pass tokenizer=")
+    words = constraints.read_vocabulary(tokenizer, size=vocabulary)
+    grammar = stop = None
+    if constraint is not None:
+        rows = list(constraint) if isinstance(constraint, list | tuple) else [constraint] * batch
+        if len(rows) != batch:
+            raise ValueError(f"generate: constraint is one, or one for each of the {batch} rows; got {len(rows)}")
+        compiled = {c: c.compile(words, eos) for c in rows if c is not None}
+        grammar = constraints.stack([None if c is None else compiled[c] for c in rows], size=vocabulary)
+        constraints.require_room(grammar, count)
+    if options.stop_strings is not None:
+        raise NotImplementedError("generate: stop_strings are not supported yet")
+    return Automata(grammar, stop)
 
 
 def _watermark(options: GenerationConfig, config: Config) -> tuple[Processor, ...]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmodels.generation.constraints.automaton import TokenAutomaton, advance
 from fmodels.types import Array
 
 
@@ -74,8 +75,8 @@ class Automata(NamedTuple):
         stop: looks for stop strings.
     """
 
-    grammar: Any = None
-    stop: Any = None
+    grammar: TokenAutomaton | None = None
+    stop: TokenAutomaton | None = None
 
 
 def at(array: Array, column: Array) -> Array:
@@ -151,7 +152,7 @@ def append(history: History, token: Array, alive: Array, automata: Automata | No
     for name in ("grammar", "stop"):
         state, automaton = getattr(history, name), getattr(automata, name, None)
         if state is not None and automaton is not None:
-            changes[name] = jnp.where(alive, automaton.advance(state, token), state)
+            changes[name] = jnp.where(alive, advance(automaton, state, token), state)
     return history._replace(
         tokens=history.tokens.at[rows, column].set(token, mode="drop"),
         end=history.end + alive.astype(jnp.int32),

@@ -11,6 +11,7 @@ import numpy as np
 
 from fmodels.generation import logits as rules
 from fmodels.generation.config import GenerationConfig
+from fmodels.generation.constraints.automaton import allowed
 from fmodels.generation.history import Automata, History
 from fmodels.generation.logits import Bias
 from fmodels.generation.sampling import Warp
@@ -57,6 +58,7 @@ class Options(NamedTuple):
         forced_bos, forced_eos, suppress, begin_suppress: `(n)` int32 tokens filled up with -1, or None.
         begin: `()` int32, the number of new tokens at which `begin_suppress` works.
         automata: the automaton of the constraint and that of the stop strings.
+        mask: `(b v)` bool, the tokens that the host allows at the next step, or None.
     """
 
     rows: Rows
@@ -71,6 +73,7 @@ class Options(NamedTuple):
     begin_suppress: Array | None = None
     begin: Array | None = None
     automata: Automata = Automata()
+    mask: Array | None = None
 
     @property
     def ngrams(self) -> bool:
@@ -84,7 +87,8 @@ class Options(NamedTuple):
 
     def repeat(self, count: int) -> Options:
         """For `count` rows where there was one."""
-        return self._replace(rows=jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self.rows))
+        rows, mask = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), (self.rows, self.mask))
+        return self._replace(rows=rows, mask=mask)
 
 
 def process(logits: Array, history: History, options: Options, processors: Sequence[Processor] = ()) -> Array:
@@ -111,7 +115,9 @@ def process(logits: Array, history: History, options: Options, processors: Seque
     logits = rules.drop(logits, options.eos, (length < rows.min_length) | (new < rows.min_new_tokens))
     if options.automata.grammar is not None and history.grammar is not None:
         left = options.max_new_tokens - new
-        logits = jnp.where(options.automata.grammar.allowed(history.grammar, left, options.eos), logits, -jnp.inf)
+        logits = jnp.where(allowed(options.automata.grammar, history.grammar, left), logits, -jnp.inf)
+    if options.mask is not None:
+        logits = jnp.where(options.mask, logits, -jnp.inf)
     if options.forced_bos is not None:
         logits = rules.force(logits, options.forced_bos, length == 1)
     if options.forced_eos is not None:

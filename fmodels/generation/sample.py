@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process, renormalize
-from fmodels.generation.sampling import draw, warp_logits
+from fmodels.generation.sampling import draw, row_keys, warp_logits
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.nn.cache import repeat_rows
 from fmodels.types import Array, Cache, Key, Output
@@ -47,19 +47,19 @@ class State(NamedTuple):
     Attributes:
         history: with the newest token.
         cache: keys and values of all tokens before it.
+        token: `(b)` int32, the newest tokens, pad in rows that had ended before.
         done: `(b)` bool, rows that have ended.
         logprobs: `(b room)` float32 of the new tokens.
-        steps: `()` int32.
-        key: random key of the next step.
+        keys: `(b)` random keys; a row's token is drawn with its key and its number of new tokens.
         kept: what `Ask` asks for, by name, `(b room …)`.
     """
 
     history: History
     cache: Cache
+    token: Array
     done: Array
     logprobs: Array
-    steps: Array
-    key: Key
+    keys: Key
     kept: dict[str, Array]
 
 
@@ -93,10 +93,10 @@ def sample(
         state = State(
             history=history,
             cache=repeat_rows(start.out.cache, sequences),
+            token=jnp.zeros(batch, jnp.int32),
             done=jnp.zeros(batch, bool),
             logprobs=jnp.zeros((batch, room), jnp.float32),
-            steps=jnp.zeros((), jnp.int32),
-            key=start.key,
+            keys=start.key if start.key.ndim else row_keys(start.key, batch),
             kept={},
         )
         states = start.out.hidden_states
@@ -125,7 +125,7 @@ def sample(
         assert out.logits is not None
         raw = out.logits[:, -1]
         logits = process(raw, state.history, options, processors)
-        key, now = jax.random.split(state.key)
+        alive = ~state.done
 
         def likeliest() -> tuple[Array, Array]:
             token = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
@@ -133,20 +133,19 @@ def sample(
             return token[:, 0], top - jax.nn.logsumexp(logits, axis=-1)
 
         def drawn() -> tuple[Array, Array]:
-            greedy, random = likeliest(), draw(logits, options.rows.warp, now)
+            keys = jax.vmap(jax.random.fold_in)(state.keys, state.history.new)
+            greedy, random = likeliest(), draw(logits, options.rows.warp, keys)
             token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
             return token, logprob
 
         token, logprob = jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
-        alive = ~state.done
         history = said.append(state.history, token, alive, options.automata)
-        ended = is_end(token, options.eos) | stopped(history, options, stops)
+        ended = is_end(token, options.eos) | stopped(history, options, stops) | (history.new >= options.max_new_tokens)
         return state._replace(
             history=history,
+            token=jnp.where(alive, token, options.pad),
             done=state.done | ended,
-            logprobs=_put(state.logprobs, jnp.where(alive, logprob, 0.0), state.steps),
-            steps=state.steps + 1,
-            key=key,
+            logprobs=_put(state.logprobs, logprob, state),
             kept=keep(state, out, raw, logits),
         )
 
@@ -168,16 +167,16 @@ def sample(
         for name, value in new.items():
             if name not in buffers:
                 buffers = {**buffers, name: jnp.zeros((value.shape[0], room, *value.shape[1:]), value.dtype)}
-        return {**buffers, **{name: _put(buffers[name], value, state.steps) for name, value in new.items()}}
+        return {**buffers, **{name: _put(buffers[name], value, state) for name, value in new.items()}}
 
     def more(state: State) -> Array:
-        return (state.steps < options.max_new_tokens) & ~state.done.all()
+        return ~state.done.all()
 
     def finish(state: State) -> Result:
         history = state.history
-        width = history.tokens.shape[1] - room
+        columns = history.prompt[:, None] + jnp.arange(room, dtype=jnp.int32)[None]
         return Result(
-            tokens=history.tokens[:, width:],
+            tokens=jnp.take_along_axis(history.tokens, columns, axis=1),
             lengths=history.new,
             logprobs=state.logprobs,
             cache=state.cache,
@@ -185,8 +184,7 @@ def sample(
         )
 
     def newest(state: State) -> Array:
-        column = state.history.tokens.shape[1] - room + state.steps - 1
-        return jax.lax.dynamic_index_in_dim(state.history.tokens, column, axis=1, keepdims=False)
+        return state.token
 
     return Strategy(init, step, more, finish, newest)
 
@@ -206,6 +204,8 @@ def stopped(history: History, options: Options, stops: Sequence[Predicate]) -> A
     return ended
 
 
-def _put(buffer: Array, value: Array, column: Array) -> Array:
-    zero = jnp.zeros((), jnp.int32)
-    return jax.lax.dynamic_update_slice(buffer, value[:, None], (zero, column, *[zero] * (buffer.ndim - 2)))
+def _put(buffer: Array, value: Array, before: State) -> Array:
+    """Writes a step's values `(b …)` into `(b room …)`, each row's at its number of new tokens; not in rows that ended."""
+    rows = jnp.arange(value.shape[0])
+    column = jnp.where(before.done, buffer.shape[1], before.history.new)
+    return buffer.at[rows, column].set(value, mode="drop")

@@ -201,13 +201,13 @@ def cut(name: str, logits: Array, value: Array, *, keep: int = 1) -> Array:
 def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
     """A token of each row from its warped distribution.
 
-    The noise of a token depends on the key, the row and the token alone (the Gumbel trick), so that it is the same
-    whether the whole vocabulary is looked at or not, and whatever the other rows are.
+    The noise of a token depends on the row's key and the token alone (the Gumbel trick), so that it is the same whether
+    the whole vocabulary is looked at or not, and whatever the other rows are.
 
     Args:
         logits: `(b v)` float32, not warped.
         warp: the parameters.
-        key: random key.
+        key: random key, `()` for all rows or `(b)`, one for each.
 
     Returns:
         `(b)` int32 tokens and `(b)` float32, the log of their probability in that distribution.
@@ -215,7 +215,7 @@ def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
     batch, vocabulary = logits.shape
     size = min(CANDIDATES, vocabulary)
     logits = logits / warp.temperature[:, None]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    keys = key if key.ndim else row_keys(key, batch)
     unheated = warp._replace(temperature=jnp.ones(batch))
 
     values, tokens = jax.lax.top_k(logits, size)
@@ -237,6 +237,11 @@ def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
     if size == vocabulary:
         return of_candidates()
     return jax.lax.cond(complete.all(), of_candidates, of_all)
+
+
+def row_keys(key: Key, count: int) -> Key:
+    """A key for each row: what a row draws does not depend on the others."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
 def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
