@@ -19,6 +19,9 @@ from fmodels.types import Array, Cache, Key, Output
 Predicate = Callable[[History], Array]
 """A stopping criterion of the user's: the `History` to `(b)` bool, True where a row shall end."""
 
+Read = Callable[[Output], Array]
+"""The logits `(b v)` that stand for an `Output` with `hidden_states`."""
+
 
 class Ask(NamedTuple):
     """What to keep of each step beside the tokens; static.
@@ -72,6 +75,7 @@ def sample(
     processors: Sequence[Processor] = (),
     stops: Sequence[Predicate] = (),
     ask: Ask = NOTHING,
+    read: Read | None = None,
 ) -> Strategy:
     """Takes the likeliest token of each row, or draws one in the rows that sample.
 
@@ -83,6 +87,7 @@ def sample(
         processors: logits functions of the user's.
         stops: stopping criteria of the user's.
         ask: what to keep of each step.
+        read: what is made of the model's output before all else; its last logits if None.
     """
     options = options.repeat(sequences)
 
@@ -116,7 +121,7 @@ def sample(
             (history.length - 1)[:, None],
             state.cache,
             mask=alive[:, None],
-            **({"hidden_states": True} if ask.hidden_states else {}),
+            **({"hidden_states": True} if ask.hidden_states or read is not None else {}),
         )
         assert out.cache is not None
         return choose(state._replace(cache=out.cache), out)
@@ -124,50 +129,24 @@ def sample(
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
         raw = out.logits[:, -1]
-        logits = process(raw, state.history, options, processors)
+        logits = process(raw if read is None else read(out), state.history, options, processors)
         alive = ~state.done
-
-        def likeliest() -> tuple[Array, Array]:
-            token = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
-            top = jnp.take_along_axis(logits, token, axis=-1)[:, 0]
-            return token[:, 0], top - jax.nn.logsumexp(logits, axis=-1)
-
-        def drawn() -> tuple[Array, Array]:
-            keys = jax.vmap(jax.random.fold_in)(state.keys, state.history.new)
-            greedy, random = likeliest(), draw(logits, options.rows.warp, keys)
-            token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
-            return token, logprob
-
-        token, logprob = jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
+        token, logprob = pick(logits, state.history, options, state.keys)
         history = said.append(state.history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(history, options, stops) | (history.new >= options.max_new_tokens)
         return state._replace(
             history=history,
             token=jnp.where(alive, token, options.pad),
             done=state.done | ended,
-            logprobs=_put(state.logprobs, logprob, state),
+            logprobs=put_column(state.logprobs, logprob, jnp.where(alive, state.history.new, room)),
             kept=keep(state, out, raw, logits),
         )
 
     def keep(state: State, out: Output, raw: Array, logits: Array) -> dict[str, Array]:
-        new: dict[str, Array] = {}
-        if ask.logits:
-            new["logits"] = raw
-        if ask.scores or ask.top_logprobs:
-            warped = jnp.where(options.rows.sample[:, None], warp_logits(logits, options.rows.warp), logits)
-            warped = renormalize(warped, options)
-            if ask.scores:
-                new["scores"] = warped
-            if ask.top_logprobs:
-                values, tokens = jax.lax.top_k(jax.nn.log_softmax(warped, axis=-1), ask.top_logprobs)
-                new.update(top_logprobs=values, top_tokens=tokens.astype(jnp.int32))
-        if ask.hidden_states and out.hidden_states is not None:
-            new["hidden_states"] = out.hidden_states[:, :, -1].swapaxes(0, 1)
-        buffers = state.kept
-        for name, value in new.items():
-            if name not in buffers:
-                buffers = {**buffers, name: jnp.zeros((value.shape[0], room, *value.shape[1:]), value.dtype)}
-        return {**buffers, **{name: _put(buffers[name], value, state) for name, value in new.items()}}
+        states = out.hidden_states
+        new = wanted(ask, options, raw, logits, None if states is None else states[:, :, -1])
+        column = jnp.where(state.done, room, state.history.new)
+        return put(state.kept, new, column, room)
 
     def more(state: State) -> Array:
         return ~state.done.all()
@@ -189,6 +168,58 @@ def sample(
     return Strategy(init, step, more, finish, newest)
 
 
+def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[Array, Array]:
+    """The likeliest token of each row, or one that is drawn in the rows that sample, with its log-probability.
+
+    Args:
+        logits: `(b v)`, processed.
+        history: of the rows; a row's number of new tokens is folded into its key.
+        options: arrays.
+        keys: `(b)` random keys.
+    """
+
+    def likeliest() -> tuple[Array, Array]:
+        token = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
+        top = jnp.take_along_axis(logits, token, axis=-1)[:, 0]
+        return token[:, 0], top - jax.nn.logsumexp(logits, axis=-1)
+
+    def drawn() -> tuple[Array, Array]:
+        now = jax.vmap(jax.random.fold_in)(keys, history.new)
+        greedy, random = likeliest(), draw(logits, options.rows.warp, now)
+        token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
+        return token, logprob
+
+    return jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
+
+
+def wanted(
+    ask: Ask, options: Options, raw: Array, logits: Array, hidden_states: Array | None = None
+) -> dict[str, Array]:
+    """What `ask` asks for of one token of each row, by name.
+
+    Args:
+        ask: what is asked for.
+        options: arrays.
+        raw: `(b v)`, the model's logits.
+        logits: `(b v)`, processed.
+        hidden_states: `(l+1 b d)`.
+    """
+    new: dict[str, Array] = {}
+    if ask.logits:
+        new["logits"] = raw
+    if ask.scores or ask.top_logprobs:
+        warped = jnp.where(options.rows.sample[:, None], warp_logits(logits, options.rows.warp), logits)
+        warped = renormalize(warped, options)
+        if ask.scores:
+            new["scores"] = warped
+        if ask.top_logprobs:
+            values, tokens = jax.lax.top_k(jax.nn.log_softmax(warped, axis=-1), ask.top_logprobs)
+            new.update(top_logprobs=values, top_tokens=tokens.astype(jnp.int32))
+    if ask.hidden_states and hidden_states is not None:
+        new["hidden_states"] = hidden_states.swapaxes(0, 1)
+    return new
+
+
 def is_end(token: Array, eos: Array) -> Array:
     """`(b)` bool, whether a token is one of the end tokens."""
     return (token[:, None] == eos[None]).any(-1)
@@ -204,8 +235,14 @@ def stopped(history: History, options: Options, stops: Sequence[Predicate]) -> A
     return ended
 
 
-def _put(buffer: Array, value: Array, before: State) -> Array:
-    """Writes a step's values `(b …)` into `(b room …)`, each row's at its number of new tokens; not in rows that ended."""
-    rows = jnp.arange(value.shape[0])
-    column = jnp.where(before.done, buffer.shape[1], before.history.new)
-    return buffer.at[rows, column].set(value, mode="drop")
+def put(kept: dict[str, Array], new: dict[str, Array], column: Array, room: int) -> dict[str, Array]:
+    """What is kept `(b room …)`, with a token's values `(b …)` in each row's column; made at the first token."""
+    for name, value in new.items():
+        if name not in kept:
+            kept = {**kept, name: jnp.zeros((value.shape[0], room, *value.shape[1:]), value.dtype)}
+    return {**kept, **{name: put_column(kept[name], value, column) for name, value in new.items()}}
+
+
+def put_column(buffer: Array, value: Array, column: Array) -> Array:
+    """`(b n …)` with `(b …)` in each row's column; nothing where it is `n`."""
+    return buffer.at[jnp.arange(value.shape[0]), column].set(value, mode="drop")
