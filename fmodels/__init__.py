@@ -23,6 +23,8 @@ from fmodels.generation.config import GenerationConfig as GenerationConfig
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
 from fmodels.layout import to_disk as to_disk
+from fmodels.many import Continuation as Continuation
+from fmodels.many import generate_many as generate_many
 from fmodels.nn.cache import init_cache as init_cache
 from fmodels.programs import compile_count as compile_count
 from fmodels.transforms.casting import cast as cast

@@ -14,7 +14,7 @@ from fmodels.generation.options import Options, Processor
 from fmodels.generation.sample import NOTHING, Ask, Predicate
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.models import Config, family
-from fmodels.nn.cache import grow, init_cache
+from fmodels.nn.cache import grow, init_cache, put_rows, set_rows
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.positions import from_mask
 from fmodels.strategies import STRATEGIES
@@ -242,6 +242,49 @@ def steps(
     return state, strategy.more(state), strategy.newest(state)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("state",))
+def admit(
+    params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, keys: Key, state: Any, rows: Array
+) -> Any:
+    """A running state of the strategy `sample` with new prompts in the places `rows` `(n)`.
+
+    Args:
+        params: the tree.
+        config: its config.
+        plan: of the running state.
+        inputs: the `n` new prompts.
+        options: of these.
+        keys: `(n)` random keys.
+        state: the running state, from `vacant`.
+        rows: numbers beyond the last row are dropped.
+    """
+    _, new = _begin(params, config, plan, inputs, options, keys)
+    rest, new_rest = ((s.history, s.token, s.done, s.logprobs, s.keys, s.kept) for s in (state, new))
+    merged = jax.tree.map(lambda x, y: set_rows(x, y, rows), rest, new_rest)
+    names = ("history", "token", "done", "logprobs", "keys", "kept")
+    return state._replace(cache=put_rows(state.cache, new.cache, rows), **dict(zip(names, merged, strict=True)))
+
+
+def vacant(params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, keys: Key) -> Any:
+    """A state for as many rows as `inputs` has, of which none is taken: each counts as ended."""
+    shapes = jax.eval_shape(
+        functools.partial(first, config=config, plan=plan), params, inputs=inputs, options=options, key=keys
+    )[0]
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(keys=None))
+    batch = keys.shape[0]
+    cache = state.cache._replace(length=jnp.zeros(batch, jnp.int32))
+    return state._replace(done=jnp.ones(batch, bool), keys=keys, cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("state",))
+def until(
+    params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, state: Any, ended: Array
+) -> Any:
+    """Steps until so many rows have ended, those that had before included."""
+    strategy = _strategy(bind(params, config, plan, inputs), options, plan, inputs)
+    return jax.lax.while_loop(lambda state: state.done.sum(dtype=jnp.int32) < ended, strategy.step, state)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "plan"))
 def last(params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, state: Any) -> Result:
     """What a state has made."""
@@ -255,5 +298,5 @@ def compile_count() -> int:
         >>> isinstance(compile_count(), int)
         True
     """
-    programs: tuple[Any, ...] = (whole, first, steps, last)
+    programs: tuple[Any, ...] = (whole, first, steps, last, admit, until)
     return sum(program._cache_size() for program in programs)

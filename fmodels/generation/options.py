@@ -85,6 +85,12 @@ class Options(NamedTuple):
         """Whether the history must know the context."""
         return self.rows.encoder_no_repeat_ngram is not None or self.rows.encoder_repetition_penalty is not None
 
+    def take(self, index: Array) -> Options:
+        """Of the rows with these numbers."""
+        rows, mask = jax.tree.map(lambda x: x[index], (self.rows, self.mask))
+        automata = Automata(*(a if a is None else a._replace(start=a.start[index]) for a in self.automata))
+        return self._replace(rows=rows, mask=mask, automata=automata)
+
     def repeat(self, count: int) -> Options:
         """For `count` rows where there was one."""
         rows, mask = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), (self.rows, self.mask))

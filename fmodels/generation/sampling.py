@@ -226,6 +226,7 @@ def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
         last[:, 0] + jnp.log(ties.astype(jnp.float32)),
     )
     few, complete = _cut(_Ordered(values, tail), unheated, 1)
+    complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
 
     def of_candidates() -> tuple[Array, Array]:
         return _likeliest(few.values, tokens, keys)

@@ -143,6 +143,38 @@ def repeat_rows(cache: Cache, count: int) -> Cache:
     return cache if count == 1 else map_rows(cache, lambda x, axis: jnp.repeat(x, count, axis=axis))
 
 
+def put_rows(cache: Cache, new: Cache, rows: Array) -> Cache:
+    """The cache with other rows in the place of `rows` `(n)`, each at its own length; numbers beyond the last are dropped.
+
+    Args:
+        cache: with a `length` for each row.
+        new: of `n` rows, with at most as many slots.
+        rows: `(n)` int32.
+    """
+    axis = 0 if isinstance(cache.keys, tuple) else 1
+
+    def put(x: Array, y: Array, axis: int) -> Array:
+        return set_rows(x, y, rows, axis)
+
+    length = jnp.broadcast_to(new.length, rows.shape)
+    cross = cache.cross
+    if cross is not None and new.cross is not None:
+        keys, values = jax.tree.map(
+            lambda x, y: put(x, y, axis), (cross.keys, cross.values), (new.cross.keys, new.cross.values)
+        )
+        cross = cross._replace(keys=keys, values=values, mask=put(cross.mask, new.cross.mask, 0))
+    keys, values = jax.tree.map(lambda x, y: put(x, y, axis), (cache.keys, cache.values), (new.keys, new.values))
+    return Cache(keys, values, put(cache.mask, new.mask, 0), put(cache.length, length, 0), cross)
+
+
+def set_rows(x: Array, y: Array, rows: Array, axis: int = 0) -> Array:
+    """`x` with `y`, filled up with zeros to the size of a row, at the places `rows` of `axis`."""
+    more = [(0, 0 if i == axis else n - m) for i, (n, m) in enumerate(zip(x.shape, y.shape, strict=True))]
+    if any(after for _, after in more):
+        y = jnp.pad(y, more)
+    return x.at[(*[slice(None)] * axis, rows)].set(y, mode="drop")
+
+
 def grow(cache: Cache, slots: int) -> Cache:
     """A cache with room for `slots`, those that it has included."""
     more = slots - cache.mask.shape[1]
