@@ -29,7 +29,8 @@ class Plan:
         strategy: its name in `STRATEGIES`.
         room: columns for new tokens.
         sequences: rows that are returned for each prompt.
-        settings: static settings of the strategy, by name.
+        settings: static settings of the strategy, by name. `ngrams` makes the history know of n-grams, `hidden_states` the
+            prefill return them, `draft_config` binds the parameters `draft` in `Inputs.extra`.
         processors: logits functions of the user's.
         stops: stopping criteria of the user's.
         ask: what to keep of each step.
@@ -170,7 +171,7 @@ def _begin(
     slots = inputs.tokens.shape[1] + plan.room
     want: dict[str, Any] = {"before": inputs.cache} if inputs.cache is not None else {}
     for name in ("hidden_states", "attentions"):
-        if getattr(plan.ask, name):
+        if getattr(plan.ask, name) or dict(plan.settings).get(name):
             want[name] = True
     out = model.prefill(inputs.tokens, inputs.mask, slots, **want)
     assert out.logits is not None
@@ -194,6 +195,10 @@ def _begin(
 
 
 def _strategy(model: Model, options: Options, plan: Plan, inputs: Inputs) -> Strategy:
+    settings = {name: value for name, value in plan.settings if name not in ("ngrams", "hidden_states")} | inputs.extra
+    if "draft_config" in settings:
+        alone = dataclasses.replace(plan, guided=False)
+        settings["draft"] = bind(settings["draft"], settings.pop("draft_config"), alone, inputs)
     return STRATEGIES[plan.strategy](
         model,
         options,
@@ -202,8 +207,7 @@ def _strategy(model: Model, options: Options, plan: Plan, inputs: Inputs) -> Str
         processors=plan.processors,
         stops=plan.stops,
         ask=plan.ask,
-        **{name: value for name, value in plan.settings if name != "ngrams"},
-        **inputs.extra,
+        **settings,
     )
 
 
