@@ -54,9 +54,11 @@ def abstract(config: Config, *, dtype: Any = "float32") -> Params:
 def forward(
     params: Params,
     config: Config,
-    tokens: Array,
+    tokens: Array | None,
     *,
     mask: Array | None = None,
+    decoder_tokens: Array | None = None,
+    decoder_mask: Array | None = None,
     positions: Array | None = None,
     token_types: Array | None = None,
     cache: Cache | None = None,
@@ -70,11 +72,18 @@ def forward(
     Args:
         params: the tree, stacked or a tuple of layers.
         config: the family's config; static.
-        tokens: `(b t)` int token ids; `(b n t)` for multiple choice and double heads, `n` choices each.
+        tokens: `(b t)` int token ids; `(b n t)` for multiple choice and double heads, `n` choices each. For an
+            encoder-decoder model, of the encoder; None where the cache holds what it has read (`Cache.cross`), which
+            goes before tokens and mask.
         mask: `(b t)` bool or 0/1, True for real tokens; all real if None. With a cache: of the new tokens.
-        positions: `(b t)` int; the default is `cumsum(mask) - 1`, BERT's is the column.
+        decoder_tokens: `(b t)` int token ids of an encoder-decoder model's decoder. None: `tokens` shifted to the
+            right, for the tasks in which transformers does so; BART's, classification and question answering.
+        decoder_mask: as `mask`, of `decoder_tokens`.
+        positions: `(b t)` int, the decoder's if there is one; the default is `cumsum(mask) - 1`, BERT's and BART's is
+            the column. T5 has none.
         token_types: `(b t)` int, zeros if None.
-        cache: from `fm.init_cache`; the new tokens are written to it and see what it holds.
+        cache: from `fm.init_cache`; the new tokens are written to it and see what it holds. An encoder-decoder model
+            adds what its encoder has read.
         select: `(b)` int, compute a language model's logits only at this place of each row; then they are `(b 1 v)`.
         hidden_states: also return the input of every layer.
 
@@ -82,8 +91,8 @@ def forward(
         An `Output`; logits are float32.
 
     Raises:
-        ValueError: wrong shapes; no tokens; tokens outside of the vocabulary or positions beyond the table (these two
-            are only seen outside of `jit`).
+        ValueError: wrong shapes; no tokens; inputs that the model does not take; tokens outside of the vocabulary or
+            positions beyond the table (these two are only seen outside of `jit`).
 
     Example:
         >>> import jax, fmodels as fm
@@ -91,9 +100,21 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
+    if config.is_encoder_decoder:
+        if token_types is not None:
+            raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+        pairs, given = _pair(params, config, tokens, mask, decoder_tokens, decoder_mask, positions, cache)
+        return _forward(params, config, pairs, **given, cache=cache, select=select, hidden_states=hidden_states)
+    if decoder_tokens is not None or decoder_mask is not None:
+        raise ValueError(
+            f"forward: {config.model_type} of task {config.task!r} is one stack of layers; pass tokens and mask in place "
+            "of decoder_tokens and decoder_mask"
+        )
     tokens, arrays = inputs(
         params, config, tokens, mask=mask, positions=positions, token_types=token_types, cache=cache
     )
+    if family(config).encode is not None and arrays.pop("token_types") is not None:
+        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
     lead = tokens.shape[:-1]
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
@@ -103,25 +124,72 @@ def forward(
 
 
 def inputs(
-    params: Params, config: Config, tokens: Any, *, cache: Cache | None = None, **given: Any
+    params: Params, config: Config, tokens: Any, *, cache: Cache | None = None, part: str = "", **given: Any
 ) -> tuple[Array, dict[str, Array | None]]:
     """The tokens, and those of mask, positions and token types that are `given`, as arrays that `forward` can take.
+
+    Args:
+        params: the tree.
+        config: its config.
+        tokens: as those of `forward`.
+        cache: the cache that they go to.
+        part: `"encoder"` or `"decoder"`, whose tokens they are; nothing where there is one stack.
+        given: by the names of `forward`, without `decoder_`.
 
     Raises:
         ValueError: as `forward`.
     """
+    prefix = "decoder_" if part == "decoder" else ""
     if tokens is None:
-        raise ValueError(f"forward: {config.model_type} needs tokens, (b t) integers; got None")
-    tokens = _as_array("tokens", tokens)
+        raise ValueError(f"forward: {config.model_type} needs {prefix}tokens, (b t) integers; got None")
+    tokens = _as_array(f"{prefix}tokens", tokens)
     arrays = {name: None if a is None else _as_array(name, a) for name, a in given.items()}
-    _check_inputs(params, config, tokens, arrays, cache)
+    _check_inputs(params, config, tokens, arrays, cache, part)
     if arrays.get("mask") is not None:
         arrays["mask"] = jnp.asarray(arrays["mask"], bool)
     return tokens, arrays
 
 
+def _pair(
+    params: Params, config: Any, tokens: Any, mask: Any, decoder_tokens: Any, decoder_mask: Any, positions: Any,
+    cache: Cache | None,
+) -> tuple[Array | None, dict[str, Array | None]]:  # fmt: skip
+    """An encoder's inputs and a decoder's, as `inputs`; the encoder's are None where it does not run."""
+    read = cache is not None and cache.cross is not None
+    arrays: dict[str, Array | None] = {"mask": None, "decoder_tokens": None, "decoder_mask": None, "positions": None}
+    if not read or tokens is not None:
+        tokens, found = inputs(params, config, tokens, mask=None if read else mask, part="encoder")
+        arrays["mask"] = found["mask"]
+    if decoder_tokens is None and config.task in config.SHIFTS and tokens is not None:
+        decoder_tokens = jnp.roll(tokens, 1, axis=-1).at[..., 0].set(config.decoder_start_token_id)
+    decoder_tokens, found = inputs(
+        params, config, decoder_tokens, mask=decoder_mask, positions=positions, cache=cache, part="decoder"
+    )
+    arrays |= {"decoder_tokens": decoder_tokens, "decoder_mask": found["mask"], "positions": found["positions"]}
+    rows = cache.cross.mask.shape[0] if read and cache is not None and cache.cross is not None else None
+    rows = tokens.shape[0] if rows is None and tokens is not None else rows
+    if decoder_tokens.shape[0] != rows:
+        raise ValueError(f"forward: the encoder has {rows} rows, decoder_tokens have shape {decoder_tokens.shape}")
+    if config.task == "sequence-classification" and tokens is not None:
+        _check_ends(config, tokens, decoder_tokens)
+    return tokens, arrays
+
+
+def _check_ends(config: Config, tokens: Array, decoder_tokens: Array) -> None:
+    if tokens.shape != decoder_tokens.shape:
+        raise ValueError(
+            f"forward: a sequence is classified at its end token's column; tokens have shape {tokens.shape}, "
+            f"decoder_tokens {decoder_tokens.shape}"
+        )
+    end = config.eos_token_ids[0]
+    if not isinstance(tokens, Tracer) and not (np.asarray(tokens) == end).any(-1).all():
+        raise ValueError(
+            f"forward: a sequence is classified at its end token {end}, which is not in each row of tokens"
+        )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
-def _forward(params: Params, config: Config, tokens: Array, **inputs: Any) -> Output:
+def _forward(params: Params, config: Config, tokens: Array | None, **inputs: Any) -> Output:
     return family(config).forward(params, config, tokens, **inputs)
 
 
@@ -140,42 +208,44 @@ def _unflatten_choices(out: Output, config: Config, lead: tuple[int, ...]) -> Ou
 
 
 def _check_inputs(
-    params: Params, config: Config, tokens: Array, arrays: dict[str, Array | None], cache: Cache | None
+    params: Params, config: Config, tokens: Array, arrays: dict[str, Array | None], cache: Cache | None, part: str
 ) -> None:
     problems = []
+    name = "decoder_tokens" if part == "decoder" else "tokens"
     choices = config.task in CHOICE_TASKS
     if tokens.ndim != (3 if choices else 2):
         want = "(b n t), n choices each" if choices else "(b t)"
-        raise ValueError(f"forward: tokens of task {config.task!r} have shape {want}; got {tokens.shape}")
+        raise ValueError(f"forward: {name} of task {config.task!r} have shape {want}; got {tokens.shape}")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"forward: tokens are integers; got {tokens.dtype}")
+        raise ValueError(f"forward: {name} are integers; got {tokens.dtype}")
     if tokens.size == 0:
-        raise ValueError(f"forward: there are no tokens; tokens have shape {tokens.shape}")
+        raise ValueError(f"forward: there are no tokens; {name} have shape {tokens.shape}")
     problems += [
-        f"{name} has shape {a.shape}, tokens have {tokens.shape}"
-        for name, a in arrays.items()
+        f"{'decoder_' if part == 'decoder' and other == 'mask' else ''}{other} has shape {a.shape}, {name} have {tokens.shape}"
+        for other, a in arrays.items()
         if a is not None and a.shape != tokens.shape
     ]
     positions, types = arrays.get("positions"), arrays.get("token_types")
     numbers = {"positions": positions, "token_types": types}
     problems += [
-        f"{name} are integers; got {getattr(a, 'dtype', None)}" for name, a in numbers.items() if not _is_integer(a)
+        f"{other} are integers; got {getattr(a, 'dtype', None)}" for other, a in numbers.items() if not _is_integer(a)
     ]
-    embed = params["embed"]
+    part = part or next((stack for stack in ("decoder", "encoder") if stack in params), "")
+    embed = params["embed"] | params.get(part, {}).get("embed", {})
     vocab = embed["tokens"].shape[0]
-    problems += _outside("tokens", tokens, vocab, "the vocabulary; see resize_embeddings")
+    problems += _outside(name, tokens, vocab, "the vocabulary; see resize_embeddings")
     if types is not None and "types" in embed:
         problems += _outside("token_types", types, embed["types"].shape[0], "the table of token types")
     if "positions" in embed:
-        table = embed["positions"].shape[0]
+        table = embed["positions"].shape[0] - config.position_offset
         if positions is not None:
             problems += _outside("positions", positions, table, "the table of positions")
         elif (length := _longest(config, tokens, arrays.get("mask"), cache)) > table:
-            problems.append(f"{length} tokens are more than the {table} positions of this model")
+            problems.append(f"{length} {name} are more than the {table} positions of this model")
     if cache is not None and cache.mask.shape[0] != tokens.size // tokens.shape[-1]:
-        problems.append(f"the cache has {cache.mask.shape[0]} rows, tokens have shape {tokens.shape}")
+        problems.append(f"the cache has {cache.mask.shape[0]} rows, {name} have shape {tokens.shape}")
     if cache is not None and not isinstance(cache.length, Tracer):
-        used, slots = int(cache.length), cache.mask.shape[1]
+        used, slots = int(np.max(cache.length)), cache.mask.shape[1]
         if used + tokens.shape[-1] > slots:
             problems.append(f"the cache has {slots} slots, {used} are taken, and {tokens.shape[-1]} tokens came")
     if problems:
@@ -198,9 +268,9 @@ def _longest(config: Config, tokens: Array, mask: Array | None, cache: Cache | N
     if not isinstance(tokens.shape[-1], int):  # a symbol, under `jax.export`
         return 0
     if isinstance(mask, Tracer) or (cache is not None and isinstance(cache.length, Tracer)):
-        return tokens.shape[-1] if config.model_type == "bert" else 0
-    if config.model_type == "bert":
-        return tokens.shape[-1] + (0 if cache is None else int(cache.length))
+        return tokens.shape[-1] if config.counts_columns else 0
+    if config.counts_columns:
+        return tokens.shape[-1] + (0 if cache is None else int(np.max(cache.length)))
     real = np.full(1, tokens.shape[-1]) if mask is None else (np.asarray(mask) != 0).sum(-1)
     return int((real if cache is None else real + np.asarray(cache.mask).sum(-1)).max())
 
@@ -239,32 +309,38 @@ def match_config(params: Params, config: Config) -> Config:
     Raises:
         ValueError: layers differ in their numbers of heads and `config.pruned_heads` does not say which are gone.
     """
-    found = schema.measured(params)
+    found: dict[str, set[int]] = {}
+    letters: dict[str, str] = {}
+    for place, size in schema.measured(params).items():
+        letter = place.rpartition(".")[2]
+        name = schema.field(config, place, letter)
+        letters[name] = letter
+        found[name] = found.get(name, set()) | size
     changes: dict[str, Any] = {}
-    ragged = {letter for letter, size in found.items() if len(size) > 1}
-    pruned = {(len(schema.kept_heads(config, i)), schema.heads(config, i)[1]) for i in range(config.num_layers)}
-    fits = (
-        found["h"] == {h for h, _ in pruned}
-        and found["g"] == {g for _, g in pruned}
-        and found["l"] == {config.num_layers}
-    )
-    if ragged and not (fits and ragged <= {"h", "g"}):
-        sizes = ", ".join(f"{schema.LETTERS[letter]}: {sorted(found[letter])}" for letter in sorted(ragged))
+    ragged = {name for name, size in found.items() if len(size) > 1}
+    heads = ("num_heads", "num_kv_heads")
+    pruned = [schema.heads(config, i) for i in range(config.num_layers)]
+    want = {name: {counts[i] for counts in pruned} for i, name in enumerate(heads)} | {
+        "num_layers": {config.num_layers}
+    }
+    fits = all(found.get(name, size) == size for name, size in want.items())
+    if ragged and not (fits and ragged <= {*heads}):
+        sizes = ", ".join(f"{schema.LETTERS[letters[name]]}: {sorted(found[name])}" for name in sorted(ragged))
         raise ValueError(
             f"match_config: layers differ in size ({sizes}), which config.pruned_heads does not explain; use prune_heads"
         )
-    for letter, field in schema.SIZES.items():
-        fixed = (letter in "hg" and fits) or (letter == "c" and config.task in schema.CLASSES)
-        if letter in found and not fixed and hasattr(config, field):
-            changes[field] = next(iter(found[letter]))
+    for name, size in found.items():
+        fixed = (name in heads and fits) or (letters[name] == "c" and config.task in schema.CLASSES)
+        if not fixed and hasattr(config, name):
+            changes[name] = next(iter(size)) - (config.position_offset if letters[name] == "p" else 0)
     if not fits:
         changes["pruned_heads"] = ()
-    if "lm_head.weight" in {schema.stacked_path(p) for p in tree.flatten(params)}:
+    leaves = {schema.stacked_path(path) for path in tree.flatten(params)}
+    if "lm_head.weight" in leaves:
         changes["tie_word_embeddings"] = False
-    layers = params["layers"] if tree.is_stacked(params) else params["layers"][0]
-    for field, path in (("attention_bias", "attention.query.bias"), ("mlp_bias", "mlp.up.bias")):
+    for field, path in (("attention_bias", "layers.attention.query.bias"), ("mlp_bias", "layers.mlp.up.bias")):
         if hasattr(config, field):
-            changes[field] = tree.has(layers, path)
+            changes[field] = path in leaves
     changes = {field: value for field, value in changes.items() if getattr(config, field) != value}
     return dataclasses.replace(config, **changes) if changes else config
 

@@ -62,17 +62,18 @@ def canonical_names(names: Sequence[str], config: Config) -> dict[str, Name]:
     """
     weights = family(config).weights
     places, others = weights.places(config), weights.places_of_other_tasks(config)
+    repeats = weights.repeats(config, every=True)
     home = {path: name for name, place in places.items() if place.layer is None for path in place.rule.leaves}
     found: dict[str, Name] = {}
     for name in names:
         spellings = weights.spellings(name, config)
         known = next((s for s in spellings if s in places), None)
-        repeat = next((s for s in spellings if s in weights.tied and config.tie_word_embeddings), None)
+        repeat = next((s for s in spellings if s in repeats), None)
         other = next((s for s in spellings if s in others), None)
         if known is not None:
             found[name] = Name("tensor", known)
         elif repeat is not None:
-            found[name] = Name("repeat", home.get(weights.tied[repeat], name))
+            found[name] = Name("repeat", home.get(repeats[repeat], name))
         elif weights.is_ignored(name):
             found[name] = Name("buffer", name)
         else:

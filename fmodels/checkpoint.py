@@ -25,6 +25,7 @@ from fmodels.models._base import init_normal
 from fmodels.pooling import read_pooling
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+from fmodels.weights.rules import Place
 from fmodels.weights.tensors import READERS, aligned_empty
 
 ALIGNMENT = 64
@@ -136,6 +137,8 @@ def load(
         )
         config = dataclasses.replace(config, tie_word_embeddings=False)
         planned = layout.plan(shapes, config, new_head=new_head)
+        if (different := _tied_but_different(planned, tensors)) is not None:
+            raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
     _check_dtypes(planned, tensors, dtype)
     stacked = stacked and not schema.is_ragged(config)
     params = _read(planned, tensors, config, dtype, stacked, sharding)
@@ -204,7 +207,7 @@ def _read(
                     leaves.update(_to_device(whole, sharding if shardings is None else shardings))
                     bar.update(sum(tensor.nbytes for tensor, _ in members))
                     continue
-                shapes = {path: (config.num_layers, *schema.shape(path, config)[1:]) for path in rule.leaves}
+                shapes = {path: schema.shape(path, config) for path in rule.leaves}
                 done = {path: aligned_empty(shape, target) for path, shape in shapes.items()}
                 read = functools.partial(_read_layer, rule, config, done)
             else:
@@ -219,11 +222,12 @@ def _read(
     return tree.unflatten(dict(sorted(leaves.items(), key=lambda item: _rank(item[0], order))))
 
 
-def _rank(path: str, order: list[str]) -> tuple[int, int]:
-    """Sorts leaves as in the table of axes, layer by layer."""
-    parts = path.split(".")
-    layer = int(parts[1]) if len(parts) > 2 and parts[1].isdigit() else 0
-    return order.index("layers.attention_norm.scale") if parts[0] == "layers" else order.index(path), layer
+def _rank(path: str, order: list[str]) -> tuple[int, int, int]:
+    """Sorts leaves as in the table of axes, layer by layer, an encoder's and a decoder's after the shared embeddings."""
+    line = schema.line(path)
+    place = order.index("layers.attention_norm.scale" if line.startswith("layers.") else line)
+    part = ("", "encoder", "decoder").index(schema.stack(path))
+    return part if place < order.index("pooler.weight") else 3, place, schema.split_layer(path)[1] or 0
 
 
 def _as_one(
@@ -237,7 +241,7 @@ def _as_one(
     )
     if first.file is None or not in_one or not _is_mapped(rule, target, first):
         return None
-    shape = (len(layers), *schema.shape(rule.leaves[0], config)[1:])
+    shape = schema.shape(rule.leaves[0], config)
     return {rule.leaves[0]: Tensor.in_file(first.name, target, shape, first.file, first.offset).array()}
 
 
@@ -250,7 +254,7 @@ def _read_layer(
     if rules.is_same_order(rule) and first.dtype == tensor.dtype:
         tensor.read_into(first.reshape(tensor.shape))
     else:
-        for path, part in rules.from_disk(rule, _read_whole(tensor), schema.sizes(config, layer)).items():
+        for path, part in rules.from_disk(rule, _read_whole(tensor), Place(rule, layer).sizes(config)).items():
             out[path][...] = _cast(tensor.name, part, out[path].dtype)
     return {}
 
@@ -263,7 +267,7 @@ def _read_alone(
     Mapped pages count as memory of the process, so a tensor that will be copied anyway is read and not mapped.
     """
     whole = tensor.array() if _is_mapped(rule, target, tensor) else _read_whole(tensor)
-    parts = rules.from_disk(rule, whole, schema.sizes(config, layer))
+    parts = rules.from_disk(rule, whole, Place(rule, layer).sizes(config))
     where = rules.layer_leaves(rule, layer)
     return {where[path]: _cast(tensor.name, part, target) for path, part in parts.items()}
 
@@ -373,7 +377,7 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
             leaves = {path: a if index is None else a[index] for path, a in leaves.items()}
             return rules.to_disk(rule, leaves, np.concatenate)
 
-        shape = rules.disk_shape(rule, schema.sizes(config, layer))
+        shape = rules.disk_shape(rule, Place(rule, layer).sizes(config))
         tensors[name] = Tensor.lazy(name, np.dtype(flat[where[rule.leaves[0]]].dtype), shape, get)
     return tensors
 

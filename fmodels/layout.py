@@ -53,9 +53,10 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
     """
     weights = family(config).weights
     places, others = weights.places(config), weights.places_of_other_tasks(config)
+    repeats = weights.repeats(config, every=True)
     found: dict[str, str] = {}
     tied: list[tuple[str, str]] = []
-    dropped: list[str] = []
+    dropped: dict[str, list[str]] = {}
     problems: list[str] = []
     for name, shape in shapes.items():
         spellings = weights.spellings(name, config)
@@ -64,19 +65,22 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
             if match in found:
                 problems.append(f"{name!r} and {found[match]!r} are the same tensor under two names")
             found[match] = name
-        elif (
-            repeat := next((s for s in spellings if s in weights.tied and config.tie_word_embeddings), None)
-        ) is not None:
-            tied.append((name, weights.tied[repeat]))
+        elif (repeat := next((s for s in spellings if s in repeats), None)) is not None:
+            tied.append((name, repeats[repeat]))
         elif weights.is_ignored(name):
             continue
         elif any(s in others for s in spellings):
-            dropped.append(name)
+            dropped[name] = spellings
         else:
             problems.append(f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shape)}")
     for absent, stand_in in weights.fallbacks.items():
-        if absent in places and absent not in found and stand_in in found:
-            found[absent] = found.pop(stand_in)
+        if absent in places and absent not in found:
+            other = next((name for name, spellings in dropped.items() if stand_in in spellings), None)
+            if stand_in in found:
+                found[absent] = found.pop(stand_in)
+            elif other is not None:
+                found[absent] = other
+                del dropped[other]
     missing = {n: p for n, p in places.items() if n not in found and not p.rule.optional}
     heads = {n: p for n, p in missing.items() if p.rule.tasks is not None}
     if not new_head or len(missing) > len(heads):
@@ -88,7 +92,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
             )
     for name, disk in found.items():
         place = places[name]
-        want = rules.disk_shape(place.rule, schema.sizes(config, place.layer))
+        want = rules.disk_shape(place.rule, place.sizes(config))
         if tuple(shapes[disk]) != want:
             problems.append(f"{disk!r} has shape {list(shapes[disk])}, expected {list(want)} by config.json")
     if problems:
@@ -133,9 +137,9 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
     """
     planned = plan({name: tuple(a.shape) for name, a in tensors.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
-    for name, (rule, layer) in planned.tensors.items():
-        where = rules.layer_leaves(rule, layer)
-        for path, leaf in rules.from_disk(rule, tensors[name], schema.sizes(config, layer)).items():
+    for name, place in planned.tensors.items():
+        where = rules.layer_leaves(*place)
+        for path, leaf in rules.from_disk(place.rule, tensors[name], place.sizes(config)).items():
             leaves[where[path]] = leaf
     params = tree.unflatten(leaves)
     return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
@@ -171,10 +175,8 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
         }
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
-    if tied and config.tie_word_embeddings:
-        tensors |= {
-            name: flat[leaf] for name, leaf in weights.tied.items() if leaf in flat and config.task in schema.LM_TASKS
-        }
+    if tied:
+        tensors |= {name: flat[leaf] for name, leaf in weights.repeats(config).items() if leaf in flat}
     return tensors
 
 
@@ -195,6 +197,6 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
     names = {
         name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
     }
-    if tied and config.tie_word_embeddings and config.task in schema.LM_TASKS:
-        names |= {name: (leaf,) for name, leaf in weights.tied.items()}
+    if tied:
+        names |= {name: (leaf,) for name, leaf in weights.repeats(config).items()}
     return names

@@ -21,6 +21,7 @@ LETTERS = {
     "s": "key position",
     "p": "position table",
     "n": "token types",
+    "m": "distance buckets",
     "d": "hidden",
     "h": "query heads",
     "g": "key-value heads",
@@ -35,6 +36,7 @@ LETTERS = {
 SIZES = {
     "p": "max_positions",
     "n": "num_token_types",
+    "m": "num_buckets",
     "d": "hidden_size",
     "h": "num_heads",
     "g": "num_kv_heads",
@@ -44,18 +46,19 @@ SIZES = {
     "c": "num_labels",
     "l": "num_layers",
 }
-"""Letter -> the config field with its size."""
+"""Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
 
 CLASSES = {"multiple-choice": 1, "double-heads": 1, "next-sentence": 2, "pretraining": 2, "question-answering": 2}
 """Task -> the classes that its head has, whatever the config's `num_labels` says."""
 
-LM_TASKS = ("causal-lm", "masked-lm", "pretraining", "double-heads")
+LM_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "pretraining", "double-heads")
 """Tasks whose head gives a logit for each token of the vocabulary."""
 
 AXES = {
     "embed.tokens": "v d",
     "embed.positions": "p d",
     "embed.types": "n d",
+    "embed.distances": "m h",
     "embed.norm.scale": "d",
     "embed.norm.bias": "d",
     "layers.attention_norm.scale": "l d",
@@ -90,18 +93,60 @@ AXES = {
     "classifier.weight": "c d",
     "classifier.bias": "c",
 }
-"""Path (stacked form) -> axes, the same letters as in einsum strings and sharding rules."""
+"""Path (stacked form) -> axes, the same letters as in einsum strings and sharding rules.
+
+The parts of encoder-decoder models have the same lines: `encoder.` and `decoder.` may stand before any of them, and
+`cross_attention` for `attention`.
+"""
+
+
+def split_layer(path: str) -> tuple[str, int | None]:
+    """The path in stacked form, and the number of the layer.
+
+    Example:
+        >>> split_layer("decoder.layers.3.mlp.up.weight"), split_layer("layers.mlp.up.weight")
+        (('decoder.layers.mlp.up.weight', 3), ('layers.mlp.up.weight', None))
+    """
+    head, found, tail = path.partition("layers.")
+    number, _, rest = tail.partition(".")
+    return (f"{head}{found}{rest}", int(number)) if rest and number.isdigit() else (path, None)
+
+
+def with_layer(path: str, layer: int) -> str:
+    """The inverse of `split_layer`.
+
+    Example:
+        >>> with_layer("decoder.layers.mlp.up.weight", 3)
+        'decoder.layers.3.mlp.up.weight'
+    """
+    head, found, tail = path.partition("layers.")
+    return f"{head}{found}{layer}.{tail}"
 
 
 def stacked_path(path: str) -> str:
-    """`layers.3.mlp.up.weight` -> `layers.mlp.up.weight`; other paths as they are.
+    """`layers.3.mlp.up.weight` -> `layers.mlp.up.weight`; other paths as they are."""
+    return split_layer(path)[0]
+
+
+def stack(path: str) -> str:
+    """`"encoder"` or `"decoder"`, the part of the model that the path starts with, or nothing.
 
     Example:
-        >>> stacked_path("layers.3.mlp.up.weight")
-        'layers.mlp.up.weight'
+        >>> stack("decoder.layers.mlp.up.weight"), stack("layers.mlp.up.weight")
+        ('decoder', '')
     """
-    parts = path.split(".")
-    return ".".join([parts[0], *parts[2:]]) if len(parts) > 2 and parts[1].isdigit() else path
+    first = path.partition(".")[0]
+    return first if first in ("encoder", "decoder") else ""
+
+
+def line(path: str) -> str:
+    """The path, in stacked form, under which the table has the leaf.
+
+    Example:
+        >>> line("decoder.layers.3.cross_attention.query.weight")
+        'layers.attention.query.weight'
+    """
+    return stacked_path(path).removeprefix(f"{stack(path)}.").replace(".cross_attention", ".attention")
 
 
 def axes(path: str) -> tuple[str, ...]:
@@ -116,11 +161,10 @@ def axes(path: str) -> tuple[str, ...]:
         >>> axes("layers.0.attention.query.weight")
         ('h', 'k', 'd')
     """
-    stacked = stacked_path(path)
-    if stacked not in AXES:
+    if line(path) not in AXES:
         raise KeyError(f"schema: {path!r} is not in the table of axes; add its line to fmodels.schema.AXES")
-    letters = tuple(AXES[stacked].split())
-    return letters if stacked == path else letters[1:]
+    letters = tuple(AXES[line(path)].split())
+    return letters if split_layer(path)[1] is None else letters[1:]
 
 
 def heads(config: Any, layer: int) -> tuple[int, int]:
@@ -139,11 +183,20 @@ def kept_heads(config: Any, layer: int) -> tuple[int, ...]:
     return tuple(head for head in range(config.num_heads) if head not in gone)
 
 
-def sizes(config: Any, layer: int | None = None) -> dict[str, int]:
-    """Letter -> size, from the config; with `layer`, the head counts of that layer."""
-    found = {letter: getattr(config, name) for letter, name in SIZES.items() if hasattr(config, name)}
+def field(config: Any, path: str, letter: str) -> str:
+    """The config's field with the size of `letter` at `path`: `decoder_num_layers` where there is one, `num_layers`."""
+    own = f"{stack(path)}_{SIZES[letter]}"
+    return own if hasattr(config, own) else SIZES[letter]
+
+
+def sizes(config: Any, path: str = "", layer: int | None = None) -> dict[str, int]:
+    """Letter -> size, from the config, in the stack of `path`; with `layer`, the head counts of that layer."""
+    fields = {letter: field(config, path, letter) for letter in SIZES}
+    found = {letter: getattr(config, name) for letter, name in fields.items() if hasattr(config, name)}
     if "c" in found:
         found["c"] = CLASSES.get(config.task, found["c"])
+    if "p" in found:
+        found["p"] += getattr(config, "position_offset", 0)
     if layer is not None and config.pruned_heads:
         found["h"], found["g"] = heads(config, layer)
     return found
@@ -155,13 +208,13 @@ def is_ragged(config: Any) -> bool:
 
 
 def paths(leaves: Iterable[str], config: Any, *, stacked: bool) -> list[str]:
-    """Expands paths in stacked form to those of a tree with `config.num_layers` layers, stacked or not."""
+    """Expands paths in stacked form to those of a tree with as many layers as the config says, stacked or not."""
     if stacked:
         return list(leaves)
     expanded: list[str] = []
     for path in leaves:
-        if path.startswith("layers."):
-            expanded += [f"layers.{i}.{path.removeprefix('layers.')}" for i in range(config.num_layers)]
+        if "l" in axes(path):
+            expanded += [with_layer(path, i) for i in range(sizes(config, path)["l"])]
         else:
             expanded.append(path)
     return expanded
@@ -169,10 +222,9 @@ def paths(leaves: Iterable[str], config: Any, *, stacked: bool) -> list[str]:
 
 def shape(path: str, config: Any) -> tuple[int, ...]:
     """The shape that the config gives to the leaf at `path`."""
-    parts = path.split(".")
-    layer = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0 if parts[0] == "layers" else None
-    size = sizes(config, layer)
-    return tuple(size[letter] for letter in axes(path))
+    letters, layer = axes(path), split_layer(path)[1]
+    size = sizes(config, path, 0 if "l" in letters else layer)
+    return tuple(size[letter] for letter in letters)
 
 
 def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = True) -> Params:
@@ -238,13 +290,17 @@ def map_axes(function: Callable[[str, Any, int], Any], params: Params, letter: s
 
 
 def measured(params: Params) -> dict[str, set[int]]:
-    """Letter -> the sizes that the arrays of the tree have for it (one size, or more if the tree is ragged)."""
+    """Letter -> the sizes that the arrays of the tree have for it (one size, or more if the tree is ragged).
+
+    Those of an encoder and a decoder are apart: `"decoder.l"`.
+    """
     found: dict[str, set[int]] = {}
     for path, leaf in tree.flatten(params).items():
         for letter, size in zip(axes(path), leaf.shape, strict=True):
-            found.setdefault(letter, set()).add(int(size))
-    if not tree.is_stacked(params):
-        found["l"] = {len(params["layers"])}
+            found.setdefault(f"{stack(path)}.{letter}".lstrip("."), set()).add(int(size))
+    for path, layers in tree.stacks(params).items():
+        if not isinstance(layers, Mapping):
+            found[f"{stack(path)}.l".lstrip(".")] = {len(layers)}
     return found
 
 

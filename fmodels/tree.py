@@ -123,6 +123,20 @@ def map_leaves(function: Callable[[str, Any], Any], params: Params) -> Params:
     return unflatten({path: function(path, leaf) for path, leaf in flatten(params).items()})
 
 
+def stacks(params: Params) -> dict[str, Any]:
+    """Path -> layers, of each stack that the tree has: `layers`, or `encoder.layers` and `decoder.layers`.
+
+    Raises:
+        KeyError: there is none.
+
+    Example:
+        >>> stacks({"encoder": {"layers": ({"up": 1},)}, "decoder": {"layers": {"up": 2}}})
+        {'encoder.layers': ({'up': 1},), 'decoder.layers': {'up': 2}}
+    """
+    found = {f"{name}.layers": params[name]["layers"] for name in ("encoder", "decoder") if name in params}
+    return found or {"layers": get(params, "layers")}
+
+
 def is_stacked(params: Params) -> bool:
-    """True if `params["layers"]` is one dict of stacked leaves, False if it is a sequence of layers."""
-    return isinstance(params["layers"], Mapping)
+    """True if the layers are one dict of stacked leaves, False if they are a sequence of trees, in any stack."""
+    return all(isinstance(layers, Mapping) for layers in stacks(params).values())

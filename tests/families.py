@@ -29,6 +29,17 @@ BERT = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3,
     "num_attention_heads": 4, "type_vocab_size": 3,
 }  # fmt: skip
+T5 = {
+    "vocab_size": 61, "d_model": 20, "d_kv": 6, "d_ff": 37, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "pad_token_id": 3,
+    "decoder_start_token_id": 3, "eos_token_id": 1,
+}  # fmt: skip
+GATED = T5 | {"feed_forward_proj": "gated-gelu", "initializer_factor": 0.5}
+BART = {
+    "vocab_size": 61, "d_model": 20, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 37, "decoder_ffn_dim": 29, "max_position_embeddings": 32,
+    "init_std": 0.2, "pad_token_id": 3, "eos_token_id": 1, "decoder_start_token_id": 2,
+}  # fmt: skip
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
 
@@ -42,6 +53,7 @@ class Case:
         config: of its config.
         options: of its constructor.
         token_types: how many token types to draw from, or None.
+        untie: give the built model a head of its own, where its config cannot.
     """
 
     name: str
@@ -49,6 +61,7 @@ class Case:
     config: dict[str, Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     token_types: int | None = None
+    untie: bool = False
 
     @property
     def family(self) -> str:
@@ -64,7 +77,22 @@ class Case:
 
     @property
     def causal(self) -> bool:
-        return self.family in ("gpt2", "llama") or self.task == "causal-lm"
+        """Whether a padded place may see no token at all."""
+        return self.family in ("gpt2", "llama") or self.task == "causal-lm" or self.pair
+
+    @property
+    def pair(self) -> bool:
+        """Whether there is an encoder and a decoder."""
+        return self.family in ("t5", "mt5", "bart") and self.task not in (
+            "encoder",
+            "token-classification",
+            "causal-lm",
+        )
+
+    @property
+    def shifts(self) -> bool:
+        """Whether decoder tokens may be left out."""
+        return self.pair and (self.family == "bart" or self.task in ("sequence-classification", "question-answering"))
 
 
 CASES = (
@@ -100,6 +128,26 @@ CASES = (
     Case("bert/token-classification", "BertForTokenClassification", BERT | THREE),
     Case("bert/question-answering", "BertForQuestionAnswering", BERT, token_types=3),
     Case("bert/multiple-choice", "BertForMultipleChoice", BERT, token_types=3),
+    Case("t5/base", "T5Model", T5 | {"feed_forward_proj": "gelu_new"}),
+    Case("t5/seq2seq-lm", "T5ForConditionalGeneration", T5),
+    Case("t5/seq2seq-lm/unscaled", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}),
+    Case("t5/seq2seq-lm/untied", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}, untie=True),
+    Case("t5/encoder", "T5EncoderModel", T5 | {"feed_forward_proj": "gated-silu"}),
+    Case("t5/sequence-classification", "T5ForSequenceClassification", T5 | THREE),
+    Case("t5/token-classification", "T5ForTokenClassification", T5 | THREE),
+    Case("t5/question-answering", "T5ForQuestionAnswering", T5),
+    Case("mt5/base", "MT5Model", GATED),
+    Case("mt5/seq2seq-lm", "MT5ForConditionalGeneration", GATED),
+    Case("mt5/encoder", "MT5EncoderModel", GATED),
+    Case("mt5/sequence-classification", "MT5ForSequenceClassification", GATED | THREE),
+    Case("mt5/token-classification", "MT5ForTokenClassification", GATED | THREE),
+    Case("mt5/question-answering", "MT5ForQuestionAnswering", GATED),
+    Case("bart/base", "BartModel", BART | {"scale_embedding": True}),
+    Case("bart/seq2seq-lm", "BartForConditionalGeneration", BART),
+    Case("bart/seq2seq-lm/untied", "BartForConditionalGeneration", BART | {"tie_word_embeddings": False}),
+    Case("bart/sequence-classification", "BartForSequenceClassification", BART | {"activation_function": "relu"}),
+    Case("bart/question-answering", "BartForQuestionAnswering", BART),
+    Case("bart/causal-lm", "BartForCausalLM", BART),
 )  # fmt: skip
 
 
@@ -131,8 +179,16 @@ class Loaded:
         return self.references[padding]
 
     def inputs(self, padding: str | None = None) -> dict[str, np.ndarray]:
-        """Tokens, mask, positions and token types; `padding` is None, "left" or "right"."""
+        """Tokens, mask, positions, token types, decoder tokens and mask; `padding` is None, "left" or "right"."""
         return inputs(self.case, padding)
+
+    def masks(self, padding: str | None = None) -> dict[str, np.ndarray]:
+        """For `assert_equal`."""
+        given = self.inputs(padding)
+        if not self.case.pair:
+            return {"mask": given["mask"]}
+        own = np.ones_like(given["tokens"])  # of decoder tokens that were left out
+        return {"mask": given.get("decoder_mask", own), "encoder_mask": given["mask"]}
 
     def forward(
         self, padding: str | None = None, *, params: Any = None, config: Any = None, **options: Any
@@ -149,10 +205,17 @@ def build(case: Case) -> Any:
     torch.manual_seed(len(case.name))
     config = architecture.config_class(**case.config, attn_implementation="eager")
     model = architecture(config, **case.options).eval()
+    if case.untie:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *learned_buffers(model)):
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def learned_buffers(model: Any) -> list[torch.Tensor]:
+    """Buffers that are weights: BART's `final_logits_bias`."""
+    return [buffer for name, buffer in model.named_buffers() if name in model.state_dict()]
 
 
 @functools.cache
@@ -173,6 +236,16 @@ def inputs(case: Case, padding: str | None = None, length: int = 7) -> dict[str,
         mask[..., 1::2, slice(0, 3) if padding == "left" else slice(length - 3, length)] = 0
     tokens = np.where(mask == 1, random.integers(4, 61, shape), 3).astype(np.int32)
     given = {"tokens": tokens, "mask": mask, "positions": np.maximum(mask.cumsum(-1) - 1, 0).astype(np.int32)}
+    if case.family in ("t5", "mt5", "bart"):
+        del given["positions"]
+    if case.pair and case.task == "sequence-classification":  # at the end token, which every row has
+        tokens[np.arange(2), length - 1 - mask[:, ::-1].argmax(-1)] = 1
+    elif case.pair and not (padding is None and case.shifts):  # other lengths than the encoder's
+        real = np.ones((2, length - 2), np.int32)
+        if padding is not None:
+            real[1, slice(0, 2) if padding == "left" else slice(length - 4, length)] = 0
+        texts = np.where(real == 1, random.integers(4, 61, real.shape), 3).astype(np.int32)
+        given |= {"decoder_tokens": texts, "decoder_mask": real}
     if case.token_types is not None:
         given["token_types"] = random.integers(0, case.token_types, shape).astype(np.int32)
     return given
@@ -184,7 +257,9 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
     named = {"input_ids": tensors["tokens"], "attention_mask": tensors["mask"]}
     if "token_types" in tensors:
         named["token_type_ids"] = tensors["token_types"]
-    if model.config.model_type != "bert":  # whose positions are columns, whatever the mask
+    if "decoder_tokens" in tensors:
+        named |= {"decoder_input_ids": tensors["decoder_tokens"], "decoder_attention_mask": tensors["decoder_mask"]}
+    if "positions" in tensors and model.config.model_type != "bert":  # whose positions are columns, whatever the mask
         named |= {"position_ids": tensors["positions"].flatten(0, -2), "use_cache": False}
     if type(model).__name__.endswith("DoubleHeadsModel"):
         columns = torch.arange(named["input_ids"].shape[-1])
@@ -194,7 +269,15 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
 
 def outputs(out: Any) -> dict[str, torch.Tensor]:
     """transformers' output by the names of `fm.Output`, choices side by side."""
-    found = {"hidden_states": torch.stack([h.reshape(out.hidden_states[0].shape) for h in out.hidden_states])}
+    found = {}
+    for theirs, ours in (
+        ("hidden_states", "hidden_states"), ("decoder_hidden_states", "hidden_states"),
+        ("encoder_hidden_states", "encoder_hidden_states"),
+    ):  # fmt: skip
+        if theirs in out:
+            found[ours] = torch.stack([h.reshape(out[theirs][0].shape) for h in out[theirs]])
+    if "encoder_last_hidden_state" in out:
+        found["encoder_hidden"] = out.encoder_last_hidden_state
     if "last_hidden_state" in out:
         found["hidden"] = out.last_hidden_state
     if out.get("pooler_output") is not None:
@@ -217,7 +300,13 @@ def reference(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def assert_equal(
-    got: fm.Output, want: dict[str, np.ndarray], mask: np.ndarray, *, causal: bool, bound: float = 1e-5
+    got: fm.Output,
+    want: dict[str, np.ndarray],
+    mask: np.ndarray,
+    *,
+    causal: bool,
+    bound: float = 1e-5,
+    encoder_mask: np.ndarray | None = None,
 ) -> None:
     """Every field that transformers has, within `bound · max(1, |theirs|)`; at real positions where there are positions.
 
@@ -227,20 +316,23 @@ def assert_equal(
         mask: `(b t)` or `(b n t)`.
         causal: whether a padded place may see no token at all, so that nothing of it is compared.
         bound: of the difference.
+        encoder_mask: `(b s)`, where `mask` is the decoder's.
     """
-    flat = mask.reshape(-1, mask.shape[-1]).astype(bool)
+    both = mask
     for name, theirs in want.items():
+        mask = both if encoder_mask is None or not name.startswith("encoder_") else encoder_mask
+        flat = mask.reshape(-1, mask.shape[-1]).astype(bool)
         ours = getattr(got, name)
         assert ours is not None, f"{name} is missing"
         ours = np.asarray(ours)
-        if name == "hidden_states":
+        if name.endswith("hidden_states"):
             ours, theirs, where = ours.reshape(theirs.shape), theirs, flat[None, :, :, None]
         elif ours.ndim > mask.ndim and ours.shape[: mask.ndim] == mask.shape:
             where = mask.astype(bool)[..., None]
         else:
             where = np.ones((1,) * theirs.ndim, bool)
         assert ours.shape == theirs.shape, f"{name} has shape {ours.shape}, transformers {theirs.shape}"
-        if not causal and name != "hidden_states":
+        if not causal and not name.endswith("hidden_states"):
             where = np.ones((1,) * theirs.ndim, bool)
         error = np.where(where, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)), 0)
         assert error.max() <= bound, (

@@ -13,15 +13,18 @@ import torch
 import fmodels as fm
 from fmodels import nn
 from fmodels.models import FAMILIES, _template
+from fmodels.nn import positions
 from tests import families
 
 CAUSAL = [c.name for c in families.CASES if c.task == "causal-lm"]
+SEQ2SEQ = [c.name for c in families.CASES if c.task == "seq2seq-lm"]
 PLAIN = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
+PAIRS = ["t5/seq2seq-lm", "bart/seq2seq-lm"]
 
 
 def check_parity(loaded, padding=None, **options):
     got = loaded.forward(padding, **options)
-    families.assert_equal(got, loaded.reference(padding), loaded.inputs(padding)["mask"], causal=loaded.case.causal)
+    families.assert_equal(got, loaded.reference(padding), **loaded.masks(padding), causal=loaded.case.causal)
 
 
 def test_every_task_of_every_family_has_a_row():
@@ -49,7 +52,9 @@ def test_outputs_and_hidden_states(loaded, padding):
     check_parity(loaded, padding)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "gpt2/double-heads", "bert/pretraining"])
+@pytest.mark.parametrize(
+    "name", [*CAUSAL, *SEQ2SEQ, "gpt2/double-heads", "bert/pretraining", "t5/encoder", "bart/base"]
+)
 def test_unstacked(case, name):
     loaded = case(name)
     check_parity(loaded, "left" if loaded.case.causal else "right", params=loaded.unstacked)
@@ -71,12 +76,12 @@ def test_positions_and_boolean_mask(case, name):
     assert np.abs(got - want)[given["mask"]].max() < 1e-5
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, *PAIRS])
 def test_select(case, name):
     loaded = case(name)
-    got = loaded.forward("right", select=jnp.array([6, 2]), hidden_states=False).logits
+    got = loaded.forward("right", select=jnp.array([4, 2]), hidden_states=False).logits
     assert got.shape == (2, 1, 61)
-    want = loaded.reference("right")["logits"][[0, 1], [6, 2]]
+    want = loaded.reference("right")["logits"][[0, 1], [4, 2]]
     assert np.abs(np.asarray(got)[:, 0] - want).max() < 1e-5
 
 
@@ -86,7 +91,7 @@ def test_cached_decode(case, name, chunks):
     """Against transformers' forward on the whole text, not against ours."""
     loaded = case(name)
     given = loaded.inputs("left")
-    given.pop("positions")
+    given.pop("positions", None)
     for params in (loaded.params, loaded.unstacked) if name == "llama/causal-lm" else (loaded.params,):
         cache, parts, start = fm.init_cache(params, 2, 9), [], 0
         for width in chunks:
@@ -99,10 +104,79 @@ def test_cached_decode(case, name, chunks):
         assert error[given["mask"].astype(bool)].max() < 1e-5
 
 
+@pytest.mark.parametrize("rows", [False, True], ids=["one length", "length per row"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_cached_decode_of_pairs(case, name, rows):
+    """The encoder runs once: beforehand, by `encode`, or in the first call; then its tokens are not asked for."""
+    loaded = case(name)
+    for padding in ("left", "right"):
+        given, want = loaded.inputs(padding), loaded.reference(padding)["logits"]
+        real = given["decoder_mask"].astype(bool)
+        encode = FAMILIES[loaded.case.family].encode
+        cross = encode(loaded.params, loaded.config, given["tokens"], mask=given["mask"].astype(bool))
+        for params, first, chunks in (
+            (loaded.params, None, (1,) * 5), (loaded.unstacked, cross, (2, 2, 1)), (loaded.params, cross, (3, 1, 1)),
+        ):  # fmt: skip
+            cache, parts, start = fm.init_cache(params, 2, 7)._replace(cross=first), [], 0
+            cache = cache._replace(length=jnp.zeros(2, jnp.int32)) if rows else cache
+            for width in chunks:
+                part = {n: a[:, start : start + width] for n, a in given.items() if n.startswith("decoder_")}
+                if cache.cross is None:
+                    part |= {"tokens": given["tokens"], "mask": given["mask"]}
+                out = fm.forward(params, loaded.config, **{"tokens": None, **part}, cache=cache)
+                cache, start = out.cache, start + width
+                parts.append(out.logits)
+            assert np.asarray(cache.length).tolist() == ([5, 5] if rows else 5)
+            assert np.abs(np.concatenate(parts, 1) - want)[real].max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ[:2])
+def test_cached_rows_at_different_places(case, name):
+    """A row that is behind in its cache counts distances, and places, from where it is."""
+    loaded = case(name)
+    given = loaded.inputs()
+    given = {n: a for n, a in given.items() if not n.startswith("decoder_")}
+    texts = np.random.default_rng(5).integers(4, 61, (2, 5))
+    want = np.asarray(fm.forward(loaded.params, loaded.config, **given, decoder_tokens=texts).logits)
+    cache = fm.init_cache(loaded.params, 2, 7)._replace(length=jnp.zeros(2, jnp.int32))
+    out = fm.forward(loaded.params, loaded.config, **given, decoder_tokens=texts[:, :3], cache=cache)
+    cache = out.cache
+    behind = cache._replace(length=jnp.array([3, 2]), mask=cache.mask.at[1, 2].set(False))
+    step = np.stack([texts[0, 3:5], texts[1, 2:4]])
+    got = np.asarray(fm.forward(loaded.params, loaded.config, None, decoder_tokens=step, cache=behind).logits)
+    assert np.abs(got - np.stack([want[0, 3:5], want[1, 2:4]])).max() < 1e-5
+
+
+def test_what_pairs_refuse(case):
+    t5, bart, llama = case("t5/seq2seq-lm"), case("bart/seq2seq-lm"), case("llama/causal-lm")
+    tokens = np.full((2, 4), 5)
+    for row, given, words in (
+        (llama, {"decoder_tokens": tokens}, "llama of task 'causal-lm' is one stack of layers"),
+        (t5, {}, "t5 needs decoder_tokens"),
+        (t5, {"tokens": None, "decoder_tokens": tokens}, "t5 needs tokens"),
+        (t5, {"decoder_tokens": tokens, "positions": tokens}, "t5 has no positions"),
+        (t5, {"decoder_tokens": tokens, "token_types": tokens}, "t5 has no token types"),
+        (t5, {"decoder_tokens": tokens + 60}, "decoder_tokens reach from 65 to 65, outside of 0 … 60"),
+        (t5, {"decoder_tokens": tokens[:1]}, r"the encoder has 2 rows, decoder_tokens have shape \(1, 4\)"),
+        (t5, {"decoder_tokens": tokens, "decoder_mask": tokens[:, :2]}, r"decoder_mask has shape \(2, 2\)"),
+        (bart, {"tokens": np.full((1, 33), 5)}, "33 tokens are more than the 32 positions"),
+        (bart, {"decoder_tokens": np.full((2, 33), 5)}, "33 decoder_tokens are more than the 32 positions"),
+        (case("bart/sequence-classification"), {}, "end token 1, which is not in each row"),
+        (case("t5/sequence-classification"), {"decoder_tokens": tokens[:, :3]}, "at its end token's column"),
+        (case("t5/encoder"), {"cache": fm.init_cache(t5.params, 2, 4)}, "a cache is for a decoder"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fm.forward(row.params, row.config, **{"tokens": tokens, **given})
+    with pytest.raises(ValueError, match=r"no decoder, only encoder\.layers"):
+        fm.init_cache(case("t5/encoder").params, 2, 4)
+    with pytest.raises(NotImplementedError, match=r"prune_heads: .* \(encoder\.layers, decoder\.layers\)"):
+        fm.prune_heads(t5.params, t5.config, {0: [1]})
+
+
 def test_gradients(loaded):
     """Of a random linear functional of the outputs, mapped to transformers' names."""
     given, random = loaded.inputs(), np.random.default_rng(0)
-    names = [n for n in loaded.reference() if n != "hidden_states"]
+    names = [n for n in loaded.reference() if not n.endswith("hidden_states")]
     weights = {n: random.normal(size=loaded.reference()[n].shape).astype(np.float32) for n in names}
     model = loaded.model
     model.zero_grad()
@@ -118,7 +192,7 @@ def test_gradients(loaded):
     want = {
         n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()
     }
-    assert ours.keys() == want.keys()
+    assert ours.keys() - {n for n, _ in model.named_buffers()} == want.keys()
     for name, gradient in want.items():
         error = np.abs(np.asarray(ours[name]) - gradient) / np.maximum(1, np.abs(gradient))
         assert error.max() <= 1e-4, (name, error.max())
@@ -132,10 +206,12 @@ def test_tree_fits_config(loaded):
     if "no-pooler" not in loaded.case.name and "untied" not in loaded.case.name:
         chex.assert_trees_all_equal_shapes_and_dtypes(loaded.params, fm.abstract(loaded.config))
     chex.assert_tree_all_finite(loaded.params)
-    assert sum(a.size for a in jax.tree.leaves(loaded.params)) == sum(p.numel() for p in loaded.model.parameters())
+    assert sum(a.size for a in jax.tree.leaves(loaded.params)) == sum(
+        p.numel() for p in (*loaded.model.parameters(), *families.learned_buffers(loaded.model))
+    )
 
 
-@pytest.mark.parametrize("name", [*PLAIN, "gpt2/double-heads", "bert/pretraining"])
+@pytest.mark.parametrize("name", [*PLAIN, *PAIRS, "gpt2/double-heads", "bert/pretraining", "mt5/base"])
 def test_init_like_transformers(case, name):
     """Fresh parameters: the same leaves, and the same spread of each as a fresh model of transformers."""
     loaded = case(name)
@@ -149,11 +225,11 @@ def test_init_like_transformers(case, name):
             assert np.mean(ours) == pytest.approx(np.mean(theirs[name]), abs=0.1), name
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, *PAIRS])
 def test_vmap_jit_and_grad_compose(case, name):
     loaded = case(name)
     given = loaded.inputs()
-    given.pop("positions")
+    given.pop("positions", None)
 
     @jax.jit
     def rows(params, given):
@@ -163,7 +239,7 @@ def test_vmap_jit_and_grad_compose(case, name):
 
     got = np.asarray(rows(loaded.params, given))
     assert np.abs(got - loaded.reference()["logits"]).max() < 1e-5
-    chex.assert_shape(got, (2, 7, 61))
+    chex.assert_shape(got, loaded.reference()["logits"].shape)
 
 
 def test_gradients_per_example(case):
@@ -216,6 +292,18 @@ MUTATIONS = {
     "no head bias": ("bert/masked-lm", {}, "lm_head.bias"),
     "scale by layer": ("gpt2/causal-lm", {"scale_attention_by_inverse_layer": True}, None),
     "not causal": ("bert/causal-lm", {"causal": False}, None),
+    "wrong eps t5": ("t5/seq2seq-lm", {"norm_eps": 1e-2}, None),
+    "buckets end later": ("t5/encoder", {"max_distance": 12}, None),
+    "unscaled logits": ("t5/seq2seq-lm", {"scale_logits": False}, None),
+    "scaled logits": ("mt5/seq2seq-lm", {"scale_logits": True}, None),
+    "exact gelu": ("mt5/base", {"activation": "gelu"}, None),
+    "tied": ("t5/seq2seq-lm/untied", {}, "lm_head.weight"),
+    "wrong eps bart": ("bart/seq2seq-lm", {"norm_eps": 1e-3}, None),
+    "unscaled embedding": ("bart/base", {"scale_embedding": False}, None),
+    "no bias of logits": ("bart/seq2seq-lm", {}, "lm_head.bias"),
+    "no query bias bart": ("bart/base", {}, "decoder.layers.cross_attention.query.bias"),
+    "shared table": ("bart/seq2seq-lm/untied", {}, "decoder.embed.tokens"),
+    "other start": ("bart/base", {"decoder_start_token_id": 4}, None),
 }
 
 
@@ -234,6 +322,39 @@ def test_swapped_rope_pairing_fails(case, monkeypatch):
     config = dataclasses.replace(loaded.config, bos_token_id=59)  # not the compiled one
     with pytest.raises(AssertionError, match="departs"):
         check_parity(loaded, config=config)
+
+
+def test_buckets_are_those_of_transformers():
+    """Every distance, also where float32 logarithms fall on the edge of a bucket."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    far = np.arange(-300, 301)
+    for causal in (False, True):
+        for count, longest in ((32, 128), (8, 6), (16, 20), (64, 256), (33, 100)):
+            want = T5Attention._relative_position_bucket(torch.tensor(far), not causal, count, longest).numpy()
+            got = positions.distance_buckets(jnp.asarray(far), count, causal=causal, max_distance=longest)
+            assert np.array_equal(got, want), (causal, count, longest)
+
+
+@pytest.mark.parametrize("mutation", ["direction", "causal encoder", "offset", "cross mask"])
+def test_mutated_parts_fail(case, monkeypatch, mutation):
+    name = "bart/base" if mutation == "offset" else "t5/base"
+    loaded = case(name)
+    if mutation == "direction":
+        right = positions.distance_buckets
+        monkeypatch.setattr(nn.attention, "distance_buckets", lambda d, *a, **k: right(-d, *a, **k))
+    elif mutation == "causal encoder":
+        right = positions.distance_buckets
+        monkeypatch.setattr(nn.attention, "distance_buckets", lambda *a, causal, **k: right(*a, causal=True, **k))
+    elif mutation == "offset":
+        monkeypatch.setattr(type(loaded.config), "position_offset", 1)
+    else:
+        right = nn.attention.cross_attention
+        everywhere = lambda p, x, read, mask, **k: right(p, x, read, jnp.ones_like(mask), **k)  # noqa: E731
+        monkeypatch.setattr(fm.models.t5, "cross_attention", everywhere)
+    config = dataclasses.replace(loaded.config, bos_token_id=58)  # not the compiled one
+    with pytest.raises(AssertionError, match="departs"):
+        check_parity(loaded, "left", config=config)
 
 
 def test_bfloat16_runs_in_bfloat16(case):

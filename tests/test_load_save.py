@@ -45,7 +45,9 @@ def transformers_loads(folder, loaded, caplog, *, exact=True):
     finally:
         logger.removeHandler(caplog.handler)
     assert not any(info.values()), info
-    assert not caplog.records, [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records]
+    # transformers 5 ties T5's head whatever config.json says, finds that it differs, and says so at each load.
+    assert not messages if not loaded.case.untie else all("we will NOT tie them" in text for text in messages), messages
     want = loaded.model.state_dict()
     assert model.state_dict().keys() == want.keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
@@ -257,6 +259,8 @@ def test_config_json_is_read_back(loaded, tmp_path):
     """Every field survives `to_hf` and transformers' own config class, which knows all keys that we write."""
     data = json.loads(json.dumps(loaded.config.to_hf()))
     assert type(loaded.config).from_hf(data) == loaded.config
+    if loaded.case.untie:  # transformers' class reads T5's head as tied, always; the file decides
+        loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, tie_word_embeddings=True))
     (tmp_path / "config.json").write_text(json.dumps(data))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path)

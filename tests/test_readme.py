@@ -43,7 +43,10 @@ def tree_picture() -> str:
 
 def families() -> str:
     rows = ["| model_type | tasks |", "|---|---|"]
-    rows += [f"| {name} | {', '.join(family.config.ARCHITECTURES)} |" for name, family in sorted(FAMILIES.items())]
+    names: dict[str, list[str]] = {}
+    for name, family in sorted(FAMILIES.items()):
+        names.setdefault(", ".join(family.config.ARCHITECTURES), []).append(name)
+    rows += [f"| {', '.join(same)} | {tasks} |" for tasks, same in names.items()]
     return "\n".join(rows)
 
 

@@ -18,7 +18,7 @@ from fmodels.models import FAMILIES, _template
 def test_table_is_complete_and_small():
     """Every leaf of every family is in it, nothing else is, and every letter has its line in the legend."""
     rules = [rule for family in [*FAMILIES.values(), _template.FAMILY] for rule in family.weights.rules]
-    leaves = {leaf for rule in rules for leaf in rule.leaves}
+    leaves = {schema.line(leaf) for rule in rules for leaf in rule.leaves}
     assert leaves == set(schema.AXES)
     assert {letter for axes in schema.AXES.values() for letter in axes.split()} <= set(schema.LETTERS)
     assert {letter for axes in schema.AXES.values() for letter in axes.split()} == set(schema.SIZES)
@@ -121,9 +121,15 @@ def test_sizes_measured_from_arrays(loaded):
     found, theirs = schema.measured(loaded.params), loaded.model.config
     assert found["d"] == {theirs.hidden_size}
     assert found["v"] == {theirs.vocab_size}
-    assert found["h"] == {theirs.num_attention_heads}
-    assert found["l"] == {theirs.num_hidden_layers} == schema.measured(loaded.unstacked)["l"]
-    assert found["g"] == {getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)}
+    for part in {schema.stack(path) for path in tree.stacks(loaded.params)}:
+        part = part and f"{part}."
+        heads, depth = theirs.num_attention_heads, theirs.num_hidden_layers
+        if part == "decoder.":
+            heads = getattr(theirs, "decoder_attention_heads", heads)
+            depth = getattr(theirs, "num_decoder_layers", getattr(theirs, "decoder_layers", depth))
+        assert found[f"{part}h"] == {heads}
+        assert found[f"{part}l"] == {depth} == schema.measured(loaded.unstacked)[f"{part}l"]
+        assert found[f"{part}g"] == {getattr(theirs, "num_key_value_heads", heads)}
 
 
 def test_partition_specs():

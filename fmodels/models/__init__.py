@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from fmodels.models import bert, gpt2, llama
+from fmodels.models import bart, bert, gpt2, llama, mt5, t5
 from fmodels.models._base import Config, Family
 
 FAMILIES: dict[str, Family] = {
+    "bart": bart.FAMILY,
     "bert": bert.FAMILY,
     "gpt2": gpt2.FAMILY,
     "llama": llama.FAMILY,
+    "mt5": mt5.FAMILY,
+    "t5": t5.FAMILY,
 }
 """`model_type` -> family."""
 

@@ -14,7 +14,7 @@ from fmodels import schema, tree
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.linear import ACTIVATIONS, linear
 from fmodels.nn.positions import last_real
-from fmodels.types import Array, Cache, Key, Output, Params
+from fmodels.types import Array, Cache, Cross, Key, Output, Params
 from fmodels.weights.rules import Weights
 
 IRRELEVANT = frozenset(
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Keys that would change the numbers, with the values at which they do not."""
 
 
-SIZES = frozenset(schema.SIZES.values()) - {"num_labels"}
+SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schema.SIZES.values()}) - {"num_labels"}
 """Fields that are sizes of axes."""
 
 
@@ -105,6 +105,10 @@ class Config:
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    position_offset: ClassVar[int] = 0
+    """Rows of the table of positions before that of the first position."""
+    counts_columns: ClassVar[bool] = False
+    """Whether positions are columns, whatever the mask."""
 
     def __post_init__(self) -> None:
         if self.task not in self.ARCHITECTURES:
@@ -127,6 +131,11 @@ class Config:
     @property
     def untied(self) -> bool:
         return not self.tie_word_embeddings
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads tokens with an encoder and goes on from `decoder_tokens`."""
+        return False
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -223,7 +232,7 @@ class Config:
             data[key] = list(value) if isinstance(value, tuple) else value
         data.update(self.write_special())
         labels = self.labels
-        if labels is not None or self.num_labels != 2:
+        if labels is not None or self.num_labels != type(self).num_labels:
             labels = labels if labels is not None and len(labels) == self.num_labels else None
             names = labels or _unnamed(self.num_labels)
             data["id2label"] = {str(i): name for i, name in enumerate(names)}
@@ -241,12 +250,22 @@ def _unnamed(count: int) -> tuple[str, ...]:
 
 
 class Family(NamedTuple):
-    """What a `models/<model_type>.py` exports for the registry."""
+    """What a `models/<model_type>.py` exports for the registry.
+
+    Attributes:
+        config: the class of its configs.
+        forward: `forward(params, config, tokens, *, …)`, as `fmodels.forward`.
+        weights: its layout map.
+        init: `init(config, key, *, dtype)`.
+        encode: of encoder-decoder families, `encode(params, config, tokens, *, mask=None)`: runs the encoder, and gives
+            the keys and values of the decoder's cross-attention; for a cache.
+    """
 
     config: type[Config]
     forward: Callable[..., Output]
     weights: Weights
     init: Callable[..., Params]
+    encode: Callable[..., Cross] | None = None
 
 
 def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: Any = None) -> Params:

@@ -20,7 +20,7 @@ from fmodels.nn.embeddings import embed, lm_logits
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import of_call
+from fmodels.nn.positions import columns, of_call
 from fmodels.types import Array, Cache, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -51,6 +51,7 @@ class Config(BaseConfig):
     pad_token_id: int | None = 0
 
     model_type: ClassVar[str] = "bert"
+    counts_columns: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -169,10 +170,7 @@ def forward(
     """BERT on `(b t)` tokens; see `fmodels.forward`. Positions count columns, whatever the mask, as in transformers."""
     if cache is not None and not config.causal:
         raise ValueError("forward: a cache needs a causal model; this BERT is an encoder (config.causal is False)")
-    if positions is None:
-        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32) + (0 if cache is None else cache.length)
-        positions = jnp.broadcast_to(columns, tokens.shape)
-    present, positions = of_call(tokens, mask, positions, cache)
+    present, positions = of_call(tokens, mask, columns(tokens, cache) if positions is None else positions, cache)
     seen = attend(present, cache, causal=config.causal)
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:

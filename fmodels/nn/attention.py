@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmodels.arrays import precision
+from fmodels.arrays import precision, take
 from fmodels.nn.cache import Slot, read, write
 from fmodels.nn.linear import linear
-from fmodels.nn.positions import rotate
+from fmodels.nn.positions import distance_buckets, rotate
 from fmodels.types import Array, Cache, Params
 
 
@@ -23,10 +23,30 @@ class Attend(NamedTuple):
     Attributes:
         new: `(b t t)` bool, of the tokens of this call.
         old: `(b 1 s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
+        new_bias: `(1 h t t)` float32, added to the scores; None for nothing.
+        old_bias: `(b h t s)`, or `(1 h t s)` for all rows, as `new_bias`.
     """
 
     new: Array
     old: Array | None
+    new_bias: Array | None = None
+    old_bias: Array | None = None
+
+
+class Part(NamedTuple):
+    """Keys and values that queries look at.
+
+    Attributes:
+        keys: `(b g s k)`.
+        values: `(b g s k)`.
+        seen: `(b t s)` or `(b 1 s)` bool, which of them each query sees.
+        bias: `(b h t s)` or `(1 h t s)` float32, added to the scores; None for nothing.
+    """
+
+    keys: Array
+    values: Array
+    seen: Array
+    bias: Array | None = None
 
 
 def attend(present: Array, cache: Cache | None = None, *, causal: bool) -> Attend:
@@ -42,6 +62,33 @@ def attend(present: Array, cache: Cache | None = None, *, causal: bool) -> Atten
     if causal:
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     return Attend(new, None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :])
+
+
+def with_distances(
+    seen: Attend, table: Array, cache: Cache | None = None, *, causal: bool, max_distance: int
+) -> Attend:
+    """Adds T5's bias by the distance from query to key, counted in columns, or slots of the cache, padding included.
+
+    Args:
+        seen: from `attend`.
+        table: `(m h)`, a number for each bucket of distances and each head.
+        cache: as in `attend`.
+        causal: whether all buckets are for keys before the query, or half of them.
+        max_distance: from which on all distances share a bucket.
+    """
+    t = seen.new.shape[1]
+    columns = jnp.arange(t, dtype=jnp.int32)
+
+    def bias(queries: Array, keys: Array) -> Array:
+        distances = keys[None, None, :] - queries[:, :, None]
+        buckets = distance_buckets(distances, table.shape[0], causal=causal, max_distance=max_distance)
+        return jnp.moveaxis(take(table, buckets).astype(jnp.float32), -1, 1)
+
+    old = None
+    if cache is not None and seen.old is not None:
+        places = jnp.atleast_1d(cache.length)[:, None] + columns[None]
+        old = bias(places, jnp.arange(seen.old.shape[-1], dtype=jnp.int32))
+    return seen._replace(new_bias=bias(columns[None], columns), old_bias=old)
 
 
 def attention(
@@ -74,15 +121,36 @@ def attention(
     value = linear(params["value"], x, "btd,gkd->btgk")
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
-    parts = [(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new)]
+    parts = [Part(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new, seen.new_bias)]
     if slot is not None and seen.old is not None:
-        parts.insert(0, (*read(slot), seen.old))
+        parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
     context = dot_product(query, parts, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     slot = None if slot is None else write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def dot_product(query: Array, parts: Sequence[tuple[Array, Array, Array]], scale: Any) -> Array:
+def cross_attention(params: Params, x: Array, read: tuple[Array, Array], mask: Array, *, scale: Any = None) -> Array:
+    """Attention of `x` to what an encoder has read.
+
+    Args:
+        params: as in `attention`.
+        x: `(b t d)`.
+        read: keys and values, from `keys_and_values`.
+        mask: `(b s)` bool, which of them are real.
+        scale: of the scores; `1 / sqrt(k)` if None.
+    """
+    query = linear(params["query"], x, "btd,hkd->bthk")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return linear(params["output"], dot_product(query, [Part(*read, mask[:, None, :])], scale), "bthk,dhk->btd")
+
+
+def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
+    """What `cross_attention` reads of an encoder's `(b s d)`: `(b g s k)` each."""
+    key, value = (linear(params[name], x, "btd,gkd->btgk").swapaxes(1, 2) for name in ("key", "value"))
+    return key, value
+
+
+def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> Array:
     """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side; returns `(b t h k)`.
 
     The queries of a group become the rows of one matrix, `n` of them: on CPU, XLA's products and softmax over arrays of
@@ -90,7 +158,7 @@ def dot_product(query: Array, parts: Sequence[tuple[Array, Array, Array]], scale
 
     Args:
         query: `(b t h k)`.
-        parts: keys and values `(b g s k)`, and which of them each query sees, `(b t s)` or `(b 1 s)` bool.
+        parts: keys and values, and which of them each query sees.
         scale: of the scores.
     """
     b, t, h, k = query.shape
@@ -100,16 +168,21 @@ def dot_product(query: Array, parts: Sequence[tuple[Array, Array, Array]], scale
     full = precision(query.dtype)
     lowest = jnp.finfo(jnp.float32).min
 
-    def score(keys: Array, seen: Array) -> Array:
-        keys = keys.astype(rows.dtype)
-        x = jnp.einsum("bgnk,bgsk->bgns", rows, keys, precision=full, preferred_element_type=jnp.float32)
+    def score(part: Part) -> Array:
+        keys, _, seen, bias = part
+        x = jnp.einsum(
+            "bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32
+        )
+        x = x * scale
+        if bias is not None:
+            x = x + jnp.broadcast_to(bias.reshape(-1, groups, each * t, bias.shape[-1]), x.shape)
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
-        return jnp.where(seen[:, None], x * scale, lowest)
+        return jnp.where(seen[:, None], x, lowest)
 
-    weights = jax.nn.softmax(jnp.concatenate([score(keys, seen) for keys, _, seen in parts], axis=-1), axis=-1)
-    weights = jnp.split(weights.astype(rows.dtype), np.cumsum([keys.shape[2] for keys, *_ in parts])[:-1], axis=-1)
+    weights = jax.nn.softmax(jnp.concatenate([score(part) for part in parts], axis=-1), axis=-1)
+    weights = jnp.split(weights.astype(rows.dtype), np.cumsum([part.keys.shape[2] for part in parts])[:-1], axis=-1)
     context = sum(
-        jnp.einsum("bgns,bgsk->bgnk", w, values.astype(rows.dtype), precision=full)
-        for w, (_, values, _) in zip(weights, parts, strict=True)
+        jnp.einsum("bgns,bgsk->bgnk", w, part.values.astype(rows.dtype), precision=full)
+        for w, part in zip(weights, parts, strict=True)
     )
     return jnp.asarray(context).reshape(b, h, t, k).swapaxes(1, 2)

@@ -9,7 +9,14 @@ from fmodels.nn.linear import linear
 from fmodels.types import Array, Params
 
 
-def embed(params: Params, tokens: Array, positions: Array | None = None, types: Array | None = None) -> Array:
+def embed(
+    params: Params,
+    tokens: Array,
+    positions: Array | None = None,
+    types: Array | None = None,
+    *,
+    scale: float | None = None,
+) -> Array:
     """The sum of the rows of the tables that `params` has.
 
     Args:
@@ -17,11 +24,13 @@ def embed(params: Params, tokens: Array, positions: Array | None = None, types: 
         tokens: `(b t)` int.
         positions: `(b t)` int, for the table of positions.
         types: `(b t)` int, for the table of token types; zeros if None.
+        scale: of the rows of the token table.
 
     Returns:
         `(b t d)` in the dtype of the token table.
     """
     x = take(params["tokens"], tokens)
+    x = x if scale is None else x * jnp.asarray(scale, x.dtype)
     if "types" in params:
         x = x + take(params["types"], jnp.zeros_like(tokens) if types is None else types).astype(x.dtype)
     if "positions" in params and positions is not None:

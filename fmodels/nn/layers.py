@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmodels.nn.attention import keys_and_values
 from fmodels.nn.cache import Slot, extend
-from fmodels.types import Array, Cache, Params
+from fmodels.types import Array, Cache, Cross, Params
 
 Layer = Callable[[Params, Any, Array, Slot | None], tuple[Array, Slot | None]]
 """`layer(params, index, x, slot) -> (x, slot)`"""
@@ -40,6 +41,25 @@ def run(
     run_all = _scan if isinstance(layers, Mapping) else _unroll
     x, cache, inputs = run_all(layer, layers, x, cache, collect)  # pyright: ignore[reportArgumentType]
     return x, extend(cache, present) if cache is not None and present is not None else cache, inputs
+
+
+def cross(layers: Params | Sequence[Params], encoded: Array, mask: Array) -> Cross:
+    """The keys and values that the layers' `cross_attention` has for an encoder's `(b s d)`, all layers at once."""
+    if isinstance(layers, Mapping):
+        keys, values = jax.lax.map(lambda params: keys_and_values(params, encoded), layers["cross_attention"])
+    else:
+        both = [keys_and_values(params["cross_attention"], encoded) for params in layers]
+        keys, values = (tuple(part) for part in zip(*both, strict=True))
+    return Cross(keys, values, mask)
+
+
+def with_cross(layers: Params | Sequence[Params], cross: Cross) -> Params | Sequence[Params]:
+    """The layers, each with its keys and values `cross`: `(b g s k)` both."""
+    same = isinstance(cross.keys, tuple)
+    if isinstance(layers, Mapping):
+        keys, values = (jnp.stack(part) if same else part for part in (cross.keys, cross.values))
+        return {**layers, "cross": (keys, values)}
+    return tuple({**params, "cross": (cross.keys[i], cross.values[i])} for i, params in enumerate(layers))
 
 
 def _unroll(

@@ -32,6 +32,40 @@ def of_call(tokens: Array, mask: Array | None, positions: Array | None, cache: C
     return present, positions
 
 
+def columns(tokens: Array, cache: Cache | None) -> Array:
+    """Positions `(b t)` that count columns, or slots of the cache, whatever the mask."""
+    start = jnp.zeros((1, 1), jnp.int32) if cache is None else jnp.reshape(cache.length, (-1, 1))
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] + start, tokens.shape)
+
+
+def distance_buckets(distances: Array, count: int, *, causal: bool, max_distance: int) -> Array:
+    """Numbers of T5's buckets: one for each short distance, then ever wider ones up to `max_distance`.
+
+    Args:
+        distances: int32, of the key from the query; negative where it is before it.
+        count: of buckets; both directions share them, unless `causal`.
+        causal: whether keys after the query are left out; they count as at its place.
+        max_distance: from which on all share the last bucket.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> distance_buckets(jnp.array([-200, -20, -3, 0, 3]), 32, causal=False, max_distance=128)
+        Array([15, 10,  3,  0, 19], dtype=int32)
+
+    Source: Raffel et al. 2020; matches transformers' `T5Attention._relative_position_bucket`.
+    """
+    side = count if causal else count // 2
+    exact = side // 2
+    # A table, so that rounding of logarithms in float32 is numpy's on every platform.
+    far = np.maximum(np.arange(max_distance + 1), 1).astype(np.float32)
+    wide = np.log(far / np.float32(exact)) / np.float32(math.log(max_distance / exact)) * np.float32(side - exact)
+    number = np.where(far < exact, far, np.minimum(exact + np.trunc(wide), side - 1)).astype(np.int32)
+    number[0] = 0
+    steps = jnp.maximum(-distances, 0) if causal else jnp.abs(distances)
+    found = jnp.asarray(number)[jnp.minimum(steps, max_distance)]
+    return found if causal else found + jnp.where(distances > 0, side, 0)
+
+
 def last_real(mask: Array) -> Array:
     """The column of the last True of each row of `(b t)`, 0 where there is none: `(b)` int32."""
     columns = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]

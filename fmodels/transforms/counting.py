@@ -14,7 +14,7 @@ from fmodels import tree
 from fmodels.transforms import _leaves
 from fmodels.types import Params
 
-TABLES = (("embed", "tokens"), ("embed", "positions"), ("embed", "types"))
+TABLES = (("embed", "tokens"), ("embed", "positions"), ("embed", "types"), ("embed", "distances"))
 
 
 def num_parameters(params: Params, *, exclude_embeddings: bool = False) -> int:
@@ -22,7 +22,7 @@ def num_parameters(params: Params, *, exclude_embeddings: bool = False) -> int:
 
     Args:
         params: the tree, of arrays or of `ShapeDtypeStruct`.
-        exclude_embeddings: leave out the tables of tokens, positions and token types (and with the first a tied head).
+        exclude_embeddings: leave out the tables of tokens, positions, distances and token types (and with the first a tied head).
 
     Example:
         >>> import fmodels as fm

@@ -59,6 +59,7 @@ def prune_heads(params: Params, config: Config, heads: Mapping[int, Iterable[int
     `PreTrainedModel.prune_heads`. Where it differs: it checks before it changes, refuses to empty a layer, and knows
     key-value groups.
     """
+    _check_one_stack("prune_heads", params)
     gone, problems = _read(params, config, heads)
     problems += [problem for layer in gone if (problem := _unprunable(config, layer, gone[layer]))]
     _raise("prune_heads", problems)
@@ -86,7 +87,7 @@ def prune_heads(params: Params, config: Config, heads: Mapping[int, Iterable[int
             if letters[0] == "l":
                 leaf = _select_stacked(path, leaf, [k[letter] for k in kept], axis)
             else:
-                leaf = _select(path, leaf, kept[int(path.split(".")[1])][letter], axis)
+                leaf = _select(path, leaf, kept[_layer(path)][letter], axis)
         return leaf
 
     return tree.map_leaves(prune, params), config
@@ -121,6 +122,7 @@ def mask_heads(params: Params, config: Any, heads: Mapping[int, Iterable[int]]) 
         >>> abs(params["layers"]["attention"]["output"]["weight"][0, 0, 1]).sum().item()
         0.0
     """
+    _check_one_stack("mask_heads", params)
     gone, problems = _read(params, config, heads)
     _raise("mask_heads", problems)
     if not any(gone.values()):
@@ -178,6 +180,7 @@ def _map_readers(name: str, function: Callable[[Any, Any], Any], params: Params,
 
     `factor` holds the numbers of `mask`, one per head (and layer), with the leaf's axes.
     """
+    _check_one_stack(name, params)
     stacked = tree.is_stacked(params)
     rows = [row if hasattr(row, "astype") else np.asarray(row, np.float32) for row in mask]
     flat, factors = tree.flatten(params), {}
@@ -186,7 +189,7 @@ def _map_readers(name: str, function: Callable[[Any, Any], Any], params: Params,
         if _leaves.is_hole(leaf) or not _reads_heads(letters):
             continue
         axis = letters.index("h")
-        layer = None if stacked else int(path.split(".")[1])
+        layer = None if stacked else _layer(path)
         layers = leaf.shape[0] if stacked else len(params["layers"])
         mine = rows if layer is None else rows[layer : layer + 1]
         shapes = [tuple(row.shape) for row in mine]
@@ -204,6 +207,20 @@ def _map_readers(name: str, function: Callable[[Any, Any], Any], params: Params,
         ]
         factors[path] = (_leaves.stack(*mine) if stacked else mine[0]).reshape(shape)
     return tree.map_leaves(lambda path, leaf: function(leaf, factors[path]) if path in factors else leaf, params)
+
+
+def _layer(path: str) -> int:
+    layer = schema.split_layer(path)[1]
+    assert layer is not None
+    return layer
+
+
+def _check_one_stack(name: str, params: Params) -> None:
+    if "layers" not in tree.stacks(params):
+        raise NotImplementedError(
+            f"{name}: this model has an encoder or a decoder with layers of its own ({', '.join(tree.stacks(params))}); "
+            "heads are numbered by layer only where there is one stack, as in transformers, which prunes no such model"
+        )
 
 
 def _reads_heads(letters: tuple[str, ...]) -> bool:
@@ -253,7 +270,7 @@ def _misfits(params: Params, config: Any) -> list[Problem]:
         depth = leaf.shape[0] if stacked else len(params["layers"])
         if depth != config.num_layers:
             return [(ValueError, f"the tree has {depth} layers, but the config says {config.num_layers}; {repair}")]
-        for layer in range(depth) if stacked else [int(path.split(".")[1])]:
+        for layer in range(depth) if stacked else [_layer(path)]:
             for letter, count in zip("hg", schema.heads(config, layer), strict=True):
                 if letter in letters and leaf.shape[letters.index(letter)] != count:
                     has = f"{leaf.shape[letters.index(letter)]} {schema.LETTERS[letter]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ def stack_layers(params: Params) -> Params:
     numpy, array-like leaves are stacked part by part; optimizer state: see `map_state`.
 
     Args:
-        params: a tree whose `layers` is a sequence of trees; one that is stacked is returned as it is.
+        params: a tree whose `layers` is a sequence of trees, an encoder's and a decoder's each; what is stacked is
+            returned as it is.
 
     Returns:
         The tree with `layers` stacked; leaves outside of `layers` are shared.
@@ -37,29 +39,42 @@ def stack_layers(params: Params) -> Params:
         Traceback (most recent call last):
         ValueError: stack_layers: 'layers.1.norm' is float32 (3,), but 'layers.0.norm' is float32 (4,). Layers ...
     """
-    tree.get(params, "layers")
-    if tree.is_stacked(params):
-        return params
-    layers = [tree.flatten(layer) for layer in params["layers"]]
+    return _map_stacks(_stack, params)
+
+
+def _map_stacks(function: Callable[[str, Any], Any], params: Params) -> Params:
+    """The tree with `function(path, layers)` in place of the layers of each stack; other leaves are shared."""
+    for path, layers in tree.stacks(params).items():
+        new = function(path, layers)
+        if new is not layers:
+            *part, last = path.split(".")
+            params = {**params, part[0]: {**params[part[0]], last: new}} if part else {**params, last: new}
+    return params
+
+
+def _stack(where: str, layers: Any) -> Params:
+    if isinstance(layers, Mapping):
+        return layers  # pyright: ignore[reportReturnType]
+    layers = [tree.flatten(layer) for layer in layers]
     if not layers:
-        raise ValueError("stack_layers: there are no layers to stack; 'layers' is empty")
+        raise ValueError(f"stack_layers: there are no layers to stack; {where!r} is empty")
     for i, layer in enumerate(layers):
-        difference = _difference(layers[0], layer, i)
+        difference = _difference(where, layers[0], layer, i)
         if difference:
             raise ValueError(
                 f"stack_layers: {difference}. Layers that differ stay a tuple, which every function accepts."
             )
-    stacked = {path: _leaves.stack(*(layer[path] for layer in layers)) for path in layers[0]}
-    return {**params, "layers": tree.unflatten(stacked)}
+    return tree.unflatten({path: _leaves.stack(*(layer[path] for layer in layers)) for path in layers[0]})
 
 
-def _difference(first: dict[str, Any], layer: dict[str, Any], i: int) -> str | None:
+def _difference(where: str, first: dict[str, Any], layer: dict[str, Any], i: int) -> str | None:
     for path in {**first, **layer}:
         if path not in layer or path not in first:
             has, lacks = (0, i) if path in first else (i, 0)
-            return f"'layers.{has}' has {path!r} {_describe((first | layer)[path])}, which 'layers.{lacks}' has not"
+            found = _describe((first | layer)[path])
+            return f"'{where}.{has}' has {path!r} {found}, which '{where}.{lacks}' has not"
         if _describe(layer[path]) != _describe(first[path]):
-            here, there = f"layers.{i}.{path}", f"layers.0.{path}"
+            here, there = f"{where}.{i}.{path}", f"{where}.0.{path}"
             return f"{here!r} is {_describe(layer[path])}, but {there!r} is {_describe(first[path])}"
     return None
 
@@ -90,21 +105,21 @@ def unstack_layers(params: Params) -> Params:
         >>> len(layers), layers[1]["norm"].shape
         (2, (4,))
     """
-    tree.get(params, "layers")
-    if not tree.is_stacked(params):
-        return params
-    flat = tree.flatten(params["layers"])
+    return _map_stacks(_unstack, params)
+
+
+def _unstack(where: str, layers: Any) -> Any:
+    if not isinstance(layers, Mapping):
+        return layers
+    flat = tree.flatten(dict(layers))
     parts = [(path, tuple(part.shape)) for path, leaf in flat.items() for part in jax.tree.leaves(leaf)]
     if not parts:
-        raise ValueError("unstack_layers: there are no arrays in 'layers', so the number of layers is not known")
+        raise ValueError(f"unstack_layers: there are no arrays in {where!r}, so the number of layers is not known")
     first, shape = parts[0]
     for path, other in parts:
         if not other or other[:1] != shape[:1]:
             raise ValueError(
-                f"unstack_layers: 'layers.{path}' has shape {other}, but 'layers.{first}' has {shape}; the first axis "
-                "of stacked leaves is the layer, the same in all"
+                f"unstack_layers: '{where}.{path}' has shape {other}, but '{where}.{first}' has {shape}; the first "
+                "axis of stacked leaves is the layer, the same in all"
             )
-    layers = tuple(
-        tree.unflatten({path: _leaves.index(leaf, i) for path, leaf in flat.items()}) for i in range(shape[0])
-    )
-    return {**params, "layers": layers}
+    return tuple(tree.unflatten({path: _leaves.index(leaf, i) for path, leaf in flat.items()}) for i in range(shape[0]))

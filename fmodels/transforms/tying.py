@@ -73,14 +73,14 @@ def tie(params: Params, config: Config, *, force: bool = False) -> tuple[Params,
         See `untie`.
     """
     _check_head("tie", config)
-    if tree.has(params, "lm_head.weight"):
-        head, table = tree.get(params, "lm_head.weight"), tree.get(params, "embed.tokens")
-        if not force and (difference := _difference(head, table)):
+    table = tree.get(params, "embed.tokens")
+    copies = [path for path in tree.flatten(params) if path.endswith((".embed.tokens", "lm_head.weight"))]
+    for path in copies:
+        if not force and (difference := _difference(tree.get(params, path), table)):
             raise ValueError(
-                f"tie: 'lm_head.weight' {difference} 'embed.tokens', and would be lost; "
-                "pass force=True to drop it all the same"
+                f"tie: {path!r} {difference} 'embed.tokens', and would be lost; pass force=True to drop it all the same"
             )
-    return tree.remove(params, "lm_head.weight", "lm_head.spare_bias"), _with_tied(config, True)
+    return tree.remove(params, *copies, "lm_head.spare_bias"), _with_tied(config, True)
 
 
 def _check_head(name: str, config: Any) -> None:

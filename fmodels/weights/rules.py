@@ -152,6 +152,10 @@ class Place(NamedTuple):
     rule: Rule
     layer: int | None
 
+    def sizes(self, config: Any) -> dict[str, int]:
+        """Letter -> size there."""
+        return schema.sizes(config, self.rule.leaves[0], self.layer)
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -162,6 +166,8 @@ class Weights:
         prefix: task -> the base model's prefix on disk; the entry `""` is for the tasks not named. The base task
             has none.
         tied: name on disk -> path of the leaf that it repeats when the head is tied; such tensors are not written.
+        shared: as `tied`, for rules of tensors that repeat a leaf whenever their `when` says so, in models of their
+            `tasks`.
         renames: regular expression -> replacement, old spellings of names.
         ignored: regular expressions of names of buffers that the computation does not read.
         fallbacks: name -> the name that is read in its place when it is absent.
@@ -171,6 +177,7 @@ class Weights:
     rules: tuple[Rule, ...]
     prefix: Mapping[str, str]
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shared: tuple[Rule, ...] = ()
     renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -178,7 +185,20 @@ class Weights:
 
     def base_prefix(self, task: str) -> str:
         """What `@` stands for: the prefix with its dot, or nothing for a base model saved by itself."""
-        return "" if task == "base" else self.prefix.get(task, self.prefix[""]) + "."
+        prefix = self.prefix.get(task, self.prefix[""])
+        return "" if task == "base" or not prefix else prefix + "."
+
+    def repeats(self, config: Any, *, every: bool = False) -> dict[str, str]:
+        """Name on disk -> path of the leaf that it repeats; PyTorch has such tensors, `save` does not write them.
+
+        Args:
+            config: the config.
+            every: also those that only models of other tasks have.
+        """
+        tied = self.tied if config.tie_word_embeddings and (every or config.task in schema.LM_TASKS) else {}
+        rules = (dataclasses.replace(rule, tasks=None) if every else rule for rule in self.shared)
+        prefix = self.base_prefix(config.task)
+        return {**tied, **{r.name.replace("@", prefix): r.leaves[0] for r in rules if r.applies(config)}}
 
     def leaves(self, config: Any, *, optional: bool = False) -> list[str]:
         """The paths, in stacked form, of the leaves that a model with this config must (or, `optional`, may) have."""
@@ -214,7 +234,8 @@ class Weights:
         for rule in rules:
             name = rule.name.replace("@", self.base_prefix(config.task))
             if "{l}" in name:
-                places.update({name.replace("{l}", str(i)): Place(rule, i) for i in range(config.num_layers)})
+                depth = schema.sizes(config, rule.leaves[0])["l"]
+                places.update({name.replace("{l}", str(i)): Place(rule, i) for i in range(depth)})
             else:
                 places[name] = Place(rule, None)
         return places
@@ -239,4 +260,4 @@ def layer_leaves(rule: Rule, layer: int | None) -> dict[str, str]:
     """Stacked path -> path in an unstacked tree, for the leaves of a rule in a layer."""
     if layer is None:
         return {leaf: leaf for leaf in rule.leaves}
-    return {leaf: f"layers.{layer}.{leaf.removeprefix('layers.')}" for leaf in rule.leaves}
+    return {leaf: schema.with_layer(leaf, layer) for leaf in rule.leaves}
