@@ -116,6 +116,18 @@ class Scaled:
     values: Array
     scale: Array
 
+    @classmethod
+    def quantize(cls, x: Array) -> Scaled:
+        """The nearest leaf of int8 with one scale for each vector of the last axis.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> Scaled.quantize(jnp.array([[2.54, -1.27]])).values
+            Array([[127, -64]], dtype=int8)
+        """
+        scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.finfo(x.dtype).tiny) / 127
+        return cls(jnp.round(x / scale).astype(jnp.int8), scale)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape

@@ -94,12 +94,21 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
         )
 
     def prefill(tokens: Array, mask: Array, slots: int, *, before: Cache | None = None, **want: Any) -> Output:
-        batch, width = tokens.shape
         chunk = plan.chunk
+        if chunk is not None and tokens.shape[1] > chunk and tokens.shape[1] % chunk:  # whole chunks
+            more = -tokens.shape[1] % chunk
+            tokens, mask = (jnp.pad(x, ((0, 0), (more, 0))) for x in (tokens, mask))
+            out = prefill(tokens, mask, slots + more, before=before, **want)
+            return out if out.hidden is None else out._replace(hidden=out.hidden[:, more:])
+        batch, width = tokens.shape
         if before is None and chunk is None:  # the prompt attends to itself alone, not to the room for what is to come
-            cache = init_cache(params, batch, width)._replace(cross=cross)
+            cache = init_cache(params, batch, width, quantized=plan.quantized)._replace(cross=cross)
         else:
-            cache = init_cache(params, batch, slots)._replace(cross=cross) if before is None else before
+            cache = (
+                init_cache(params, batch, slots, quantized=plan.quantized)._replace(cross=cross)
+                if before is None
+                else before
+            )
             cache = grow(cache, (0 if before is None else before.mask.shape[1]) + slots)
         positions = from_mask(mask) + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
         last = jnp.full(batch, (chunk or width) - 1, jnp.int32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fmodels import tree
+from fmodels.arrays import Scaled
 from fmodels.types import Array, Cache, Params
 
 
@@ -16,25 +17,26 @@ class Slot(NamedTuple):
     """What one layer sees of the cache: the arrays that it writes to, its place in them, and where to write.
 
     Attributes:
-        keys: `(l b g s k)` with `layer`, or this layer's own `(b g s k)` without.
+        keys: `(l b g s k)` with `layer`, or this layer's own `(b g s k)` without; of 8 bits if they are `Scaled`.
         values: as `keys`.
         layer: index into the leading axis, or None.
         start: int32, the slot of the first new token: `()`, or `(b)` where rows are at different places.
     """
 
-    keys: Array
-    values: Array
+    keys: Any
+    values: Any
     layer: Any
     start: Array
 
 
-def init_cache(params: Params, batch: int, length: int) -> Cache:
+def init_cache(params: Params, batch: int, length: int, *, quantized: bool = False) -> Cache:
     """An empty cache for `length` tokens; its shapes and dtype are read from the parameters.
 
     Args:
         params: a tree with `layers.attention.key`, or `decoder.layers.attention.key`.
         batch: rows.
         length: slots per row.
+        quantized: whether keys and values are kept in 8 bits, with a scale for each token and head.
 
     Returns:
         A `Cache` with stacked `(l b g s k)` arrays for a stacked tree, with a tuple of them for a tuple of layers.
@@ -45,11 +47,12 @@ def init_cache(params: Params, batch: int, length: int) -> Cache:
     if layers is None:
         raise ValueError(f"init_cache: this model has no decoder, only {', '.join(stacks)}; it needs no cache")
 
-    def zeros(weight: Any) -> Array:
+    def zeros(weight: Any) -> Any:
         *depth, groups, size, _ = weight.shape
-        return jnp.zeros((*depth, batch, groups, length, size), dtype)
+        empty = jnp.zeros((*depth, batch, groups, length, size), dtype)
+        return Scaled(empty.astype(jnp.int8), jnp.zeros((*empty.shape[:-1], 1), dtype)) if quantized else empty
 
-    def of_layer(layer: Params) -> tuple[Array, Array]:
+    def of_layer(layer: Params) -> tuple[Any, Any]:
         return zeros(layer["attention"]["key"]["weight"]), zeros(layer["attention"]["value"]["weight"])
 
     if isinstance(layers, Mapping):
@@ -61,10 +64,13 @@ def init_cache(params: Params, batch: int, length: int) -> Cache:
 
 def read(slot: Slot) -> tuple[Array, Array]:
     """All keys and values of this layer, `(b g s k)` each."""
-    if slot.layer is None:
-        return slot.keys, slot.values
-    layer = jnp.asarray(slot.layer, jnp.int32)
-    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (slot.keys, slot.values))
+    keys, values = slot.keys, slot.values
+    if slot.layer is not None:
+        layer = jnp.asarray(slot.layer, jnp.int32)
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), (slot.keys, slot.values)
+        )
+    keys, values = (x.dequantize() if isinstance(x, Scaled) else x for x in (keys, values))
     return keys, values
 
 
@@ -80,16 +86,19 @@ def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
     """
     after = jax.lax.stop_gradient(jnp.minimum(jnp.abs(context[:, :, : key.shape[2]]), 0))
     zero = jnp.zeros((), jnp.int32)
-    arrays = []
-    for array, new in ((slot.keys, key), (slot.values, value)):
-        new = (new + after).swapaxes(1, 2).astype(array.dtype)
+
+    def put(array: Array, new: Array) -> Array:
         if slot.start.ndim:
-            arrays.append(_write_rows(array, new, slot))
-            continue
+            return _write_rows(array, new, slot)
         place = (zero, zero, slot.start, zero)
         if slot.layer is not None:
             new, place = new[None], (jnp.asarray(slot.layer, jnp.int32), *place)
-        arrays.append(jax.lax.dynamic_update_slice(array, new, place))
+        return jax.lax.dynamic_update_slice(array, new, place)
+
+    arrays = []
+    for array, new in ((slot.keys, key), (slot.values, value)):
+        new = (new + after).swapaxes(1, 2).astype(array.dtype)
+        arrays.append(jax.tree.map(put, array, Scaled.quantize(new) if isinstance(array, Scaled) else new))
     return slot._replace(keys=arrays[0], values=arrays[1])
 
 
