@@ -20,6 +20,8 @@ from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
 from fmodels.generation import constraints as constraints
 from fmodels.generation.config import GenerationConfig as GenerationConfig
+from fmodels.generation.watermark import Watermark as Watermark
+from fmodels.generation.watermark import detect_watermark as detect_watermark
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
 from fmodels.layout import to_disk as to_disk

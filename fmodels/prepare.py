@@ -15,6 +15,7 @@ from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
 from fmodels.generation.options import Options, Processor, build
 from fmodels.generation.sample import Ask, Predicate
+from fmodels.generation.watermark import Watermark
 from fmodels.models import Config
 from fmodels.programs import Inputs, Plan
 from fmodels.schema import LM_TASKS
@@ -140,13 +141,14 @@ def prepare(
         vocabulary=vocabulary,
         prompt=prompt.shape[1],
         automata=_automata(constraint, tokenizer, first, vocabulary, eos, count, prompt.shape[0]),
+        watermark=_watermark(first, strategy),
     )
     plan = Plan(
         strategy=strategy,
         room=bucket(count),
         sequences=sequences,
         settings=settings,
-        processors=(*processors, *_watermark(first, config)),
+        processors=tuple(processors),
         stops=tuple(stops),
         ask=Ask(
             scores=bool(first.output_scores),
@@ -388,7 +390,11 @@ def _automata(
     return Automata(grammar, stop)
 
 
-def _watermark(options: GenerationConfig, config: Config) -> tuple[Processor, ...]:
+def _watermark(options: GenerationConfig, strategy: str) -> Watermark | None:
     if options.watermarking_config is None:
-        return ()
-    raise NotImplementedError("generate: watermarking_config is not supported yet; leave it out")
+        return None
+    if strategy != "sample":
+        raise NotImplementedError(
+            f"generate: watermarking_config is not supported with {strategy}; leave one of them out"
+        )
+    return Watermark.from_hf(dict(options.watermarking_config))

@@ -15,6 +15,7 @@ from fmodels.generation.constraints.automaton import allowed
 from fmodels.generation.history import Automata, History
 from fmodels.generation.logits import Bias
 from fmodels.generation.sampling import Warp
+from fmodels.generation.watermark import Watermark
 from fmodels.types import Array
 
 Processor = Callable[[Array, History], Array]
@@ -59,6 +60,7 @@ class Options(NamedTuple):
         begin: `()` int32, the number of new tokens at which `begin_suppress` works.
         automata: the automaton of the constraint and that of the stop strings.
         mask: `(b v)` bool, the tokens that the host allows at the next step, or None.
+        watermark: static; what it adds comes after all cuts.
     """
 
     rows: Rows
@@ -74,6 +76,7 @@ class Options(NamedTuple):
     begin: Array | None = None
     automata: Automata = Automata()
     mask: Array | None = None
+    watermark: Watermark | None = None
 
     @property
     def ngrams(self) -> bool:
@@ -140,6 +143,11 @@ def process(logits: Array, history: History, options: Options, processors: Seque
     return logits
 
 
+def marked(logits: Array, history: History, options: Options) -> Array:
+    """What the watermark adds, which comes after all cuts."""
+    return logits if options.watermark is None else logits + options.watermark(logits, history)
+
+
 def renormalize(logits: Array, options: Options) -> Array:
     """Log-probabilities in the rows that ask for `renormalize_logits`."""
     return jnp.where(options.rows.renormalize[:, None], jax.nn.log_softmax(logits, axis=-1), logits)
@@ -154,6 +162,7 @@ def build(
     vocabulary: int,
     prompt: int,
     automata: Automata | None = None,
+    watermark: Watermark | None = None,
 ) -> Options:
     """The arrays of a call.
 
@@ -165,6 +174,7 @@ def build(
         vocabulary: its size.
         prompt: tokens of the longest prompt.
         automata: the compiled constraint and stop strings.
+        watermark: of the text.
 
     Raises:
         ValueError: tokens outside of the vocabulary.
@@ -219,6 +229,7 @@ def build(
         if not first.begin_suppress_tokens
         else jnp.asarray(int(forced_bos is not None and prompt == 1), jnp.int32),
         automata=Automata() if automata is None else automata,
+        watermark=watermark,
     )
 
 

@@ -19,8 +19,8 @@ from fmodels.types import Array, Cache, Key, Output
 Predicate = Callable[[History], Array]
 """A stopping criterion of the user's: the `History` to `(b)` bool, True where a row shall end."""
 
-Read = Callable[[Output], Array]
-"""The logits `(b v)` that stand for an `Output` with `hidden_states`."""
+Read = Callable[[Output, Array], Array]
+"""An `Output` with `hidden_states` and which rows have not ended `(b)` to the logits `(b v)` that stand for it."""
 
 
 class Ask(NamedTuple):
@@ -129,7 +129,7 @@ def sample(
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
         raw = out.logits[:, -1]
-        logits = process(raw if read is None else read(out), state.history, options, processors)
+        logits = process(raw if read is None else read(out, ~state.done), state.history, options, processors)
         alive = ~state.done
         token, logprob = pick(logits, state.history, options, state.keys)
         history = said.append(state.history, token, alive, options.automata)
@@ -177,15 +177,17 @@ def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[
         options: arrays.
         keys: `(b)` random keys.
     """
+    bias = None if options.watermark is None else options.watermark(logits, history)
 
     def likeliest() -> tuple[Array, Array]:
-        token = jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)
-        top = jnp.take_along_axis(logits, token, axis=-1)[:, 0]
-        return token[:, 0], top - jax.nn.logsumexp(logits, axis=-1)
+        final = logits if bias is None else logits + bias
+        token = jnp.argmax(final, axis=-1)[:, None].astype(jnp.int32)
+        top = jnp.take_along_axis(final, token, axis=-1)[:, 0]
+        return token[:, 0], top - jax.nn.logsumexp(final, axis=-1)
 
     def drawn() -> tuple[Array, Array]:
         now = jax.vmap(jax.random.fold_in)(keys, history.new)
-        greedy, random = likeliest(), draw(logits, options.rows.warp, now)
+        greedy, random = likeliest(), draw(logits, options.rows.warp, now, bias)
         token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
         return token, logprob
 

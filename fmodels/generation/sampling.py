@@ -198,7 +198,7 @@ def cut(name: str, logits: Array, value: Array, *, keep: int = 1) -> Array:
     return _whole(logits, lambda ordered: {**PREFIXES, **OTHERS}[name](ordered, value, keep))
 
 
-def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
+def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tuple[Array, Array]:
     """A token of each row from its warped distribution.
 
     The noise of a token depends on the row's key and the token alone (the Gumbel trick), so that it is the same whether
@@ -208,6 +208,7 @@ def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
         logits: `(b v)` float32, not warped.
         warp: the parameters.
         key: random key, `()` for all rows or `(b)`, one for each.
+        bias: `(b v)`, added after the cuts.
 
     Returns:
         `(b)` int32 tokens and `(b)` float32, the log of their probability in that distribution.
@@ -229,11 +230,12 @@ def draw(logits: Array, warp: Warp, key: Key) -> tuple[Array, Array]:
     complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
 
     def of_candidates() -> tuple[Array, Array]:
-        return _likeliest(few.values, tokens, keys)
+        more = 0.0 if bias is None else jnp.take_along_axis(bias, tokens, axis=-1)
+        return _likeliest(few.values + more, tokens, keys)
 
     def of_all() -> tuple[Array, Array]:
         everyone = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32)[None], logits.shape)
-        return _likeliest(warp_logits(logits, unheated), everyone, keys)
+        return _likeliest(warp_logits(logits, unheated) + (0.0 if bias is None else bias), everyone, keys)
 
     if size == vocabulary:
         return of_candidates()
