@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
+from fmodels.generation.beams import beam_search
 from fmodels.generation.config import GenerationConfig
+from fmodels.generation.running import STOPPING
 from fmodels.generation.sample import sample
 from fmodels.generation.strategy import Strategy
 from fmodels.models import Config
 from fmodels.types import Params
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"sample": sample}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"sample": sample, "beams": beam_search}
 """Name -> `make(model, options, *, room, sequences, processors, stops, ask, **settings) -> Strategy`."""
 
 Choice = tuple[str, int, tuple[tuple[str, Any], ...], dict[str, Any]]
@@ -48,4 +52,17 @@ def choose(
         value = getattr(first, name)
         if value not in (None, 1) and beams == 1:
             raise ValueError(f"generate: {name}={value!r} needs num_beams above 1")
+    if beams > 1:
+        return _beams(first, sequences, beams, eos)
     return "sample", sequences, (), {}
+
+
+def _beams(options: GenerationConfig, sequences: int, beams: int, eos: Sequence[int]) -> Choice:
+    """The searches with beams."""
+    settings: dict[str, Any] = {"beams": beams, "ends": len(eos)}
+    penalty = 1.0 if options.length_penalty is None else options.length_penalty
+    arrays = {
+        "length_penalty": jnp.asarray(penalty, jnp.float32),
+        "early_stopping": jnp.asarray(STOPPING[options.early_stopping or False], jnp.int32),
+    }
+    return "beams", sequences, tuple(settings.items()), arrays
