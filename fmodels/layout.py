@@ -176,7 +176,8 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
     if tied:
-        tensors |= {name: flat[leaf] for name, leaf in weights.repeats(config).items() if leaf in flat}
+        repeats = {name: leaf for name, leaf in weights.repeats(config).items() if leaf in flat}
+        tensors = _with_repeats(tensors, {name: flat[leaf] for name, leaf in repeats.items()}, weights)
     return tensors
 
 
@@ -198,5 +199,12 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
         name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
     }
     if tied:
-        names |= {name: (leaf,) for name, leaf in weights.repeats(config).items()}
+        names = _with_repeats(names, {name: (leaf,) for name, leaf in weights.repeats(config).items()}, weights)
     return names
+
+
+def _with_repeats(own: dict[str, Any], repeats: dict[str, Any], weights: rules.Weights) -> dict[str, Any]:
+    """In the order of PyTorch's modules: shared tables behind the first, which is theirs, and tied heads at the end."""
+    shared = {name: value for name, value in repeats.items() if name not in weights.tied}
+    first = dict(list(own.items())[:1]) if shared else {}
+    return {**first, **shared, **own, **repeats}

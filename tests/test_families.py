@@ -222,7 +222,8 @@ def test_init_like_transformers(case, name):
     for name, ours in fm.to_disk(params, loaded.config).items():
         if name in theirs and theirs[name].size >= 100:
             assert np.std(ours) == pytest.approx(np.std(theirs[name]), rel=0.3, abs=1e-6), name
-            assert np.mean(ours) == pytest.approx(np.mean(theirs[name]), abs=0.1), name
+            near = max(0.1, 0.2 * float(np.std(ours)))
+            assert np.mean(ours) == pytest.approx(np.mean(theirs[name]), abs=near), name
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *PAIRS])

@@ -124,30 +124,22 @@ class Config(_seq2seq.Config):
 def _rules(part: str, blocks: Mapping[str, str], tasks: tuple[str, ...] | None) -> list[Rule]:
     """Of a stack whose layers have these blocks of attention, PyTorch's name -> leaf."""
     rules = [Rule(f"@{part}.embed_positions.weight", f"{part}.embed.positions", tasks=tasks)]
-    norms = {"layernorm_embedding": "embed.norm", "layers.{l}.final_layer_norm": "layers.mlp_norm"}
-    norms |= {f"layers.{{l}}.{name}_layer_norm": f"layers.{leaf}_norm" for name, leaf in blocks.items()}
-    for name, leaf in norms.items():
-        rules += [
-            Rule(f"@{part}.{name}.weight", f"{part}.{leaf}.scale", tasks=tasks),
-            Rule(f"@{part}.{name}.bias", f"{part}.{leaf}.bias", tasks=tasks),
-        ]
-    heads = {"q_proj": ("query", "(h k)"), "k_proj": ("key", "(g k)"), "v_proj": ("value", "(g k)")}
+
+    def add(name: str, leaf: str, kind: str, weight: str | None = None, bias: str | None = None) -> None:
+        rules.append(Rule(f"@{part}.{name}.weight", f"{part}.{leaf}.{kind}", weight, tasks=tasks))
+        rules.append(Rule(f"@{part}.{name}.bias", f"{part}.{leaf}.bias", bias, tasks=tasks))
+
+    at = "layers.{l}"
     for name, leaf in blocks.items():
-        at, to = f"@{part}.layers.{{l}}.{name}", f"{part}.layers.{leaf}"
-        for matrix, (own, axes) in heads.items():
-            rules += [
-                Rule(f"{at}.{matrix}.weight", f"{to}.{own}.weight", f"{axes} d", tasks=tasks),
-                Rule(f"{at}.{matrix}.bias", f"{to}.{own}.bias", axes, tasks=tasks),
-            ]
-        rules += [
-            Rule(f"{at}.out_proj.weight", f"{to}.output.weight", "d (h k)", tasks=tasks),
-            Rule(f"{at}.out_proj.bias", f"{to}.output.bias", tasks=tasks),
-        ]
-    for name, leaf in (("fc1", "up"), ("fc2", "down")):
-        rules += [
-            Rule(f"@{part}.layers.{{l}}.{name}.weight", f"{part}.layers.mlp.{leaf}.weight", tasks=tasks),
-            Rule(f"@{part}.layers.{{l}}.{name}.bias", f"{part}.layers.mlp.{leaf}.bias", tasks=tasks),
-        ]
+        add(f"{at}.{name}.k_proj", f"layers.{leaf}.key", "weight", "(g k) d", "(g k)")
+        add(f"{at}.{name}.v_proj", f"layers.{leaf}.value", "weight", "(g k) d", "(g k)")
+        add(f"{at}.{name}.q_proj", f"layers.{leaf}.query", "weight", "(h k) d", "(h k)")
+        add(f"{at}.{name}.out_proj", f"layers.{leaf}.output", "weight", "d (h k)")
+        add(f"{at}.{name}_layer_norm", f"layers.{leaf}_norm", "scale")
+    add(f"{at}.fc1", "layers.mlp.up", "weight")
+    add(f"{at}.fc2", "layers.mlp.down", "weight")
+    add(f"{at}.final_layer_norm", "layers.mlp_norm", "scale")
+    add("layernorm_embedding", "embed.norm", "scale")
     return rules
 
 
@@ -172,7 +164,7 @@ WEIGHTS = Weights(
         *_rules("encoder", {"self_attn": "attention"}, BOTH),
         *_rules("decoder", {"self_attn": "attention", "encoder_attn": "cross_attention"}, None),
         Rule("lm_head.weight", "lm_head.weight", tasks=("seq2seq-lm", "causal-lm"), when="untied"),
-        Rule("final_logits_bias", "lm_head.bias", "() v", tasks=("seq2seq-lm",), optional=True),
+        Rule("final_logits_bias", "lm_head.bias", "() v", tasks=("seq2seq-lm",), optional=True, buffer=True),
         Rule("classification_head.dense.weight", "pooler.weight", tasks=CLASSES),
         Rule("classification_head.dense.bias", "pooler.bias", tasks=CLASSES),
         Rule("classification_head.out_proj.weight", "classifier.weight", tasks=CLASSES),

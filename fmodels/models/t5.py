@@ -132,13 +132,9 @@ class Config(_seq2seq.Config):
 
 def _rules(part: str, blocks: Mapping[str, str], tasks: tuple[str, ...] | None) -> list[Rule]:
     """Of a stack whose layers have these blocks, PyTorch's name -> leaf."""
-    rules = [
-        Rule(f"@{part}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", f"{part}.embed.distances", tasks=tasks),
-        Rule(f"@{part}.final_layer_norm.weight", f"{part}.final_norm.scale", tasks=tasks),
-    ]  # fmt: skip
+    rules: list[Rule] = []
     for i, (name, leaf) in enumerate(blocks.items()):
         at, to = f"@{part}.block.{{l}}.layer.{i}", f"{part}.layers.{leaf}"
-        rules.append(Rule(f"{at}.layer_norm.weight", f"{to}_norm.scale", tasks=tasks))
         if leaf == "mlp":
             rules += [
                 Rule(f"{at}.{name}.wi.weight", f"{to}.up.weight", tasks=tasks, when="!gated"),
@@ -153,6 +149,11 @@ def _rules(part: str, blocks: Mapping[str, str], tasks: tuple[str, ...] | None) 
                 Rule(f"{at}.{name}.v.weight", f"{to}.value.weight", "(g k) d", tasks=tasks),
                 Rule(f"{at}.{name}.o.weight", f"{to}.output.weight", "d (h k)", tasks=tasks),
             ]
+        if name == "SelfAttention":  # the first layer's serves all
+            first = at.replace("{l}", "0")
+            rules.append(Rule(f"{first}.{name}.relative_attention_bias.weight", f"{part}.embed.distances", tasks=tasks))
+        rules.append(Rule(f"{at}.layer_norm.weight", f"{to}_norm.scale", tasks=tasks))
+    rules.append(Rule(f"@{part}.final_layer_norm.weight", f"{part}.final_norm.scale", tasks=tasks))
     return rules
 
 

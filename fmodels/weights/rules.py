@@ -27,6 +27,7 @@ class Rule:
         tasks: the tasks whose models have it; all if None.
         when: a config field that must be truthy for it to exist; `!field` for falsy.
         optional: it may be absent, and then so is the leaf.
+        buffer: PyTorch's module has it as a buffer, which is saved but not trained.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Rule:
     tasks: tuple[str, ...] | None = None
     when: str | None = None
     optional: bool = False
+    buffer: bool = False
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -204,6 +206,10 @@ class Weights:
         """The paths, in stacked form, of the leaves that a model with this config must (or, `optional`, may) have."""
         rules = [r for r in self.rules if r.applies(config) and r.optional == optional]
         return list(dict.fromkeys(leaf for rule in rules for leaf in rule.leaves))
+
+    def buffers(self, config: Any) -> frozenset[str]:
+        """The names that PyTorch's module has as buffers."""
+        return frozenset(name for name, place in self.places(config).items() if place.rule.buffer)
 
     def places(self, config: Any) -> dict[str, Place]:
         """Name on disk -> its place, for every tensor of a model with this config."""

@@ -13,7 +13,9 @@ from torch import Tensor
 import fmodels as fm
 from interop.torch.arrays import to_jax, to_tensor
 
-FIELDS = ("logits", "hidden", "pooled", "sequence_logits", "hidden_states")
+FIELDS = (
+    "logits", "hidden", "pooled", "sequence_logits", "hidden_states", "encoder_hidden", "encoder_hidden_states",
+)  # fmt: skip
 """The fields of `fm.Output` that `TorchModel` returns."""
 
 

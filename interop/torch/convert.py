@@ -112,7 +112,7 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
     stacked = fm.tree.is_stacked(params)
 
     def own(path: str, leaf: np.ndarray) -> jax.Array:
-        fresh = stacked and path.startswith("layers.")  # stacking has copied; the others are views of PyTorch's memory
+        fresh = stacked and "layers" in path.split(".")  # stacking has copied; the others are views of PyTorch's memory
         return jnp.asarray(leaf) if fresh else jnp.array(leaf, copy=True)
 
     return jax.block_until_ready(fm.tree.map_leaves(own, params))

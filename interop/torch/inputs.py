@@ -13,7 +13,7 @@ from torch import Tensor
 import fmodels as fm
 from interop.torch.arrays import kind_of
 
-TABLES = {"tokens": "tokens", "positions": "positions", "token_types": "types"}
+TABLES = {"tokens": "tokens", "decoder_tokens": "tokens", "positions": "positions", "token_types": "types"}
 """Input -> the table under `embed` of which it holds row numbers."""
 
 
@@ -33,21 +33,25 @@ def read_inputs(config: Any, **tensors: Any) -> dict[str, Any]:
         if tensor is None:
             arrays[name] = None
             continue
-        if not isinstance(tensor, Tensor) or ((tensor.is_floating_point() or tensor.is_complex()) and name != "mask"):
+        if not isinstance(tensor, Tensor) or (
+            (tensor.is_floating_point() or tensor.is_complex()) and not name.endswith("mask")
+        ):
             what = tensor.dtype if isinstance(tensor, Tensor) else kind_of(tensor)
             raise TypeError(f"TorchModel: {name} must be a torch.Tensor of integers, got {what}; use torch.tensor(…)")
         if tensor.numel():
             _check_range(name, tensor, config)
-        kind = torch.bool if name == "mask" else torch.int32
+        kind = torch.bool if name.endswith("mask") else torch.int32
         arrays[name] = jnp.array(tensor.detach().to("cpu", kind).numpy(), copy=True)
     return arrays
 
 
 def _check_range(name: str, tensor: Tensor, config: Any) -> None:
     low, high = tensor.min().item(), tensor.max().item()
-    if name == "mask":
+    if name.endswith("mask"):
         if not bool(((tensor == 0) | (tensor == 1)).all()):
-            raise ValueError(f"TorchModel: mask holds 1 for tokens and 0 for padding; got numbers from {low} to {high}")
+            raise ValueError(
+                f"TorchModel: {name} holds 1 for tokens and 0 for padding; got numbers from {low} to {high}"
+            )
         return
     size = _table_sizes(config).get(TABLES[name])
     if size is not None and (low < 0 or high >= size):
@@ -56,8 +60,10 @@ def _check_range(name: str, tensor: Tensor, config: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _table_sizes(config: Any) -> dict[str, int]:
-    embed = fm.abstract(config)["embed"]
-    return {name: embed[name].shape[0] for name in TABLES.values() if name in embed}
+    params = fm.abstract(config)
+    embed = params["embed"] | params.get("decoder", {}).get("embed", {})
+    offset = {"positions": config.position_offset}
+    return {name: embed[name].shape[0] - offset.get(name, 0) for name in TABLES.values() if name in embed}
 
 
 def random_key(seed: int | None, generator: torch.Generator | None, key: jax.Array | None) -> jax.Array | None:

@@ -29,6 +29,8 @@ class TorchOutput:
         pooled: `(b d)`, the pooler's output; also as `pooler_output`.
         sequence_logits: float32, the second head of models that have two.
         hidden_states: `(l+1 b t d)`, on request.
+        encoder_hidden: `(b s d)`, of encoder-decoder models.
+        encoder_hidden_states: `(l+1 b s d)`, on request.
     """
 
     logits: Tensor | None = None
@@ -36,6 +38,8 @@ class TorchOutput:
     pooled: Tensor | None = None
     sequence_logits: Tensor | None = None
     hidden_states: Tensor | None = None
+    encoder_hidden: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
 
     @property
     def last_hidden_state(self) -> Tensor | None:
@@ -80,11 +84,12 @@ class TorchModel(nn.Module):
     def __init__(self, params: fm.Params, config: Any) -> None:
         super().__init__()
         self.config = config
-        own: dict[int, nn.Parameter] = {}
+        own: dict[int, Tensor] = {}
         tensors = to_torch(params, config)
-        for tensor in tensors.values():
+        buffers = fm.models.family(config).weights.buffers(config)
+        for name, tensor in tensors.items():
             if id(tensor) not in own:
-                own[id(tensor)] = _parameter(tensor)
+                own[id(tensor)] = tensor.clone() if name in buffers else _parameter(tensor)
         _register(self, fm.tree.unflatten({name: own[id(tensor)] for name, tensor in tensors.items()}))
 
     def forward(
@@ -98,6 +103,10 @@ class TorchModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        decoder_tokens: Tensor | None = None,
+        decoder_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
         hidden_states: bool = False,
     ) -> TorchOutput:
         """Runs the model; see `fm.forward`. The names of transformers are accepted for the same inputs.
@@ -111,6 +120,10 @@ class TorchModel(nn.Module):
             attention_mask: another name of `mask`.
             position_ids: another name of `positions`.
             token_type_ids: another name of `token_types`.
+            decoder_tokens: `(b t)` integers, of encoder-decoder models; or `decoder_input_ids`.
+            decoder_mask: `(b t)` bool or 0/1; or `decoder_attention_mask`.
+            decoder_input_ids: another name of `decoder_tokens`.
+            decoder_attention_mask: another name of `decoder_mask`.
             hidden_states: also return the input of every layer.
 
         Raises:
@@ -124,6 +137,8 @@ class TorchModel(nn.Module):
             mask=either("mask", mask, "attention_mask", attention_mask),
             positions=either("positions", positions, "position_ids", position_ids),
             token_types=either("token_types", token_types, "token_type_ids", token_type_ids),
+            decoder_tokens=either("decoder_tokens", decoder_tokens, "decoder_input_ids", decoder_input_ids),
+            decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = self._tensors()
         call = Call(list(tensors), inputs, self.config, hidden_states)
@@ -244,11 +259,10 @@ class TorchModel(nn.Module):
         return self.get_submodule(name.rpartition(".")[0])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables of tokens, positions and types."""
-        tables = {("embed.tokens",), ("embed.positions",), ("embed.types",)}
-        left_out = (
-            {n for n, leaves in fm.disk_names(self.config).items() if leaves in tables} if exclude_embeddings else set()
-        )
+        """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
+        tables = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
+        names = fm.disk_names(self.config).items() if exclude_embeddings else ()
+        left_out = {name for name, leaves in names if leaves[0].endswith(tables)}
         return sum(
             p.numel()
             for n, p in self.named_parameters()
@@ -272,12 +286,12 @@ class TorchModel(nn.Module):
         return f"{self.config.model_type}, {self.config.task}, computed by jax"
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, tied ones once.
+        """The parameters and buffers by name, tied ones once.
 
         Raises:
             ValueError: a parameter was put under the second name of a tied one, so that it would be passed over.
         """
-        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        tensors: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         if apart := [name for name in _repeated(self.config) if name in tensors]:
             raise ValueError(
                 f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; assign to "
@@ -287,8 +301,9 @@ class TorchModel(nn.Module):
 
     def _replace(self, params: fm.Params, config: Any) -> None:
         """Takes over a tree of the same names; Parameters that keep their size remain the same objects."""
-        present = dict(self.named_parameters(remove_duplicate=False))
-        own: dict[int, nn.Parameter] = {}
+        present: dict[str, Tensor] = dict(self.named_parameters(remove_duplicate=False))
+        present |= dict(self.named_buffers(remove_duplicate=False))
+        own: dict[int, Tensor] = {}
         for name, tensor in to_torch(params, config).items():
             old = present[name]
             if id(tensor) not in own:
@@ -297,10 +312,10 @@ class TorchModel(nn.Module):
                     with torch.no_grad():
                         old.copy_(tensor)
                 else:
-                    own[id(tensor)] = new = _parameter(tensor)
-                    new.requires_grad_(old.requires_grad)
+                    new = _parameter(tensor) if isinstance(old, nn.Parameter) else tensor.clone()
+                    own[id(tensor)] = new.requires_grad_(old.requires_grad)
             module, _, last = name.rpartition(".")
-            self.get_submodule(module).register_parameter(last, own[id(tensor)])
+            setattr(self.get_submodule(module), last, own[id(tensor)])
         self.config = config
 
 
@@ -311,10 +326,12 @@ def _repeated(config: Any) -> frozenset[str]:
 
 
 def _register(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
-    """Puts Parameters and nested dicts of them under a module; tuples become lists of modules."""
+    """Puts Parameters, buffers and nested dicts of them under a module; tuples become lists of modules."""
     for name, child in children.items():
         if isinstance(child, nn.Parameter):
             module.register_parameter(name, child)
+        elif isinstance(child, Tensor):
+            module.register_buffer(name, child)
         elif isinstance(child, tuple):
             module.add_module(name, nn.ModuleList([_register(nn.Module(), one) for one in child]))
         else:

@@ -22,7 +22,10 @@ from tests.interop.test_transformers import assert_equal
 
 THREE = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
 FOUR = [*THREE, "llama/causal-lm/tied-biases"]
-HEADS = [*FOUR, "gpt2/double-heads", "llama/sequence-classification", "bert/pretraining"]
+HEADS = [
+    *FOUR, "gpt2/double-heads", "llama/sequence-classification", "bert/pretraining", "t5/seq2seq-lm", "t5/encoder",
+    "mt5/question-answering", "bart/seq2seq-lm", "bart/causal-lm",
+]  # fmt: skip
 
 
 def inputs_of(row, padding=None):

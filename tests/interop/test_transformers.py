@@ -100,8 +100,8 @@ def test_wrong_arguments(case):
         from_transformers(torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"embed\.tokens"):
         to_transformers(row.params, dataclasses.replace(row.config, hidden_size=32))
-    t5 = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=9)
-    with pytest.raises(ValueError, match="t5"):
-        from_transformers(transformers.T5Model(t5))
+    other = transformers.CTRLConfig(n_embd=8, dff=8, n_layer=1, n_head=2, vocab_size=9)
+    with pytest.raises(ValueError, match="ctrl"):
+        from_transformers(transformers.CTRLModel(other))
     with pytest.raises(TypeError, match="traced"):
         jax.jit(lambda p: to_transformers(p, row.config))(row.params)
