@@ -21,8 +21,8 @@ from fmodels import hub, layout, schema, tree
 from fmodels.api import check
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
-from fmodels.models._base import init_normal
 from fmodels.pooling import read_pooling
+from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
 from fmodels.weights.rules import Place
@@ -310,10 +310,18 @@ def _to_device(arrays: dict[str, np.ndarray], sharding: Any) -> dict[str, jax.Ar
 
 def _with_new_head(params: Params, planned: layout.Plan, config: Config, key: Key | None, dtype: Any) -> Params:
     wanted = dtype if dtype is not None else params["embed"]["tokens"].dtype
-    leaves = [path for place in planned.missing.values() for path in place.rule.leaves]
+    leaves = dict.fromkeys(path for place in planned.missing.values() for path in place.rule.leaves)
     assert key is not None
     layout.logger.info("load: new leaves %s", ", ".join(leaves))
-    return tree.update(params, tree.flatten(init_normal(family(config).weights, config, key, wanted, leaves)))
+
+    @jax.jit  # which leaves out what is not asked for
+    def draw(key: Key) -> dict[str, Any]:
+        fresh = tree.flatten(family(config).init(config, key, dtype=wanted))
+        return {path: fresh[path] for path in leaves}
+
+    stacked = tree.is_stacked(params)
+    params = tree.update(params, draw(key))
+    return params if stacked else unstack_layers(params)
 
 
 def save(

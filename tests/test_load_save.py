@@ -126,6 +126,7 @@ def test_load_makes_no_copy(case, layers, tmp_path):
 BASES = [
     ("gpt2/base", "gpt2/causal-lm", {}), ("llama/base", "llama/sequence-classification", families.THREE),
     ("bert/base", "bert/token-classification", families.THREE), ("bert/base", "bert/next-sentence", {}),
+    ("bart/base", "bart/question-answering", {}), ("t5/base", "t5/sequence-classification", families.THREE),
     ("gpt2/base", "gpt2/double-heads", {}), ("bert/base/no-pooler", "bert/question-answering", {}),
 ]  # fmt: skip
 
@@ -146,7 +147,8 @@ def test_head_on_a_base_checkpoint(case, base, head, labels, tmp_path):
     if wanted.task not in ("causal-lm",):
         assert not np.array_equal(params["classifier"]["weight"], other["classifier"]["weight"])
         assert params["classifier"]["weight"].std() == pytest.approx(0.2, rel=0.6)
-    chex.assert_trees_all_equal({**params, "classifier": 0}, {**other, "classifier": 0})
+    fresh = {"classifier": 0} | ({"pooler": 0} if base == "t5/base" else {})  # BERT's pooler is in its base
+    chex.assert_trees_all_equal({**params, **fresh}, {**other, **fresh})
     fm.save(params, config, tmp_path / "saved")
     model, info = getattr(transformers, wanted.architecture).from_pretrained(
         tmp_path / "saved", output_loading_info=True
@@ -229,6 +231,52 @@ def test_tied_head_that_differs_is_loaded_untied(case, tmp_path, caplog):
     params, config = fm.load(tmp_path / "m")
     assert config.tie_word_embeddings is True
     assert "lm_head" not in params
+
+
+def test_t5_whose_head_is_neither_tied_nor_there(case, tmp_path, caplog):
+    """Files of version 1.1 say that the head is not tied; where they have none, transformers 5 ties it, unscaled."""
+    loaded = case("t5/seq2seq-lm/unscaled")
+    shutil.copytree(loaded.folder, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    data = json.loads(path.read_text()) | {"tie_word_embeddings": False}
+    del data["scale_decoder_outputs"]
+    path.write_text(json.dumps(data))
+    params, config = fm.load(tmp_path / "m")
+    assert (config.tie_word_embeddings, config.scale_logits) == (False, False)
+    families.assert_equal(
+        loaded.forward(params=params, config=config), loaded.reference(), **loaded.masks(), causal=True
+    )
+    fm.save(params, config, tmp_path / "saved")
+    assert stored(tmp_path / "saved") == stored(loaded.folder)
+    head = safetensors.numpy.load_file(tmp_path / "m" / "model.safetensors")
+    head |= {"lm_head.weight": 2 * head["shared.weight"], "encoder.embed_tokens.weight": head["shared.weight"].copy()}
+    safetensors.numpy.save_file(head, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    params, config = fm.load(tmp_path / "m")
+    assert np.array_equal(params["lm_head"]["weight"], head["lm_head.weight"])
+    assert not caplog.records
+    head["encoder.embed_tokens.weight"] += 1
+    safetensors.numpy.save_file(head, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'encoder.embed_tokens.weight' differs from 'shared.weight'"):
+        fm.load(tmp_path / "m")
+
+
+def test_parts_of_an_encoder_decoder_checkpoint(case, caplog):
+    """The decoder alone as a language model, the encoder alone; and an encoder that gets a new decoder."""
+    loaded = case("bart/seq2seq-lm")
+    params, config = fm.load(loaded.folder, task="causal-lm")
+    fm.check(params, config)
+    assert np.array_equal(params["embed"]["tokens"], loaded.params["embed"]["tokens"])
+    assert params.keys() == {"embed", "decoder"}
+    whole = case("t5/seq2seq-lm")
+    part, config = fm.load(whole.folder, task="encoder")
+    given = {n: a for n, a in whole.inputs("left").items() if not n.startswith("decoder_")}
+    want = whole.reference("left")["encoder_hidden"]
+    error = np.abs(np.asarray(fm.forward(part, config, **given).hidden) - want)
+    assert error[given["mask"].astype(bool)].max() < 1e-5
+    for layers in ("stacked", "list"):
+        more, config = fm.load(case("t5/encoder").folder, task="base", key=jax.random.key(0), layers=layers)
+        fm.check(more, config)
+        assert fm.tree.is_stacked(more) == (layers == "stacked")
 
 
 def test_other_files_stay(case, tmp_path):

@@ -71,11 +71,44 @@ BERT_LARGE = {
 }  # fmt: skip
 
 
+T5_SMALL = {
+    "architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 512, "decoder_start_token_id": 0,
+    "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0, "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06,
+    "model_type": "t5", "n_positions": 512, "num_heads": 8, "num_layers": 6, "output_past": True, "pad_token_id": 0,
+    "relative_attention_num_buckets": 32, "vocab_size": 32128,
+    "task_specific_params": {"summarization": {"early_stopping": True, "prefix": "summarize: "}},
+}  # fmt: skip
+FLAN_T5_BASE = {
+    "architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 768, "decoder_start_token_id": 0,
+    "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
+    "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "model_type": "t5", "n_positions": 512, "num_decoder_layers": 12,
+    "num_heads": 12, "num_layers": 12, "output_past": True, "pad_token_id": 0, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "transformers_version": "4.23.1", "use_cache": True,
+    "vocab_size": 32128,
+}  # fmt: skip
+BART_LARGE_CNN = {
+    "_num_labels": 3, "activation_dropout": 0.0, "activation_function": "gelu", "add_final_layer_norm": False,
+    "architectures": ["BartForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 0, "classif_dropout": 0.0,
+    "classifier_dropout": 0.0, "d_model": 1024, "decoder_attention_heads": 16, "decoder_ffn_dim": 4096,
+    "decoder_layerdrop": 0.0, "decoder_layers": 12, "decoder_start_token_id": 2, "dropout": 0.1, "early_stopping": True,
+    "encoder_attention_heads": 16, "encoder_ffn_dim": 4096, "encoder_layerdrop": 0.0, "encoder_layers": 12, "eos_token_id": 2,
+    "force_bos_token_to_be_generated": True, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "gradient_checkpointing": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, "init_std": 0.02, "is_encoder_decoder": True,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, "length_penalty": 2.0, "max_length": 142,
+    "max_position_embeddings": 1024, "min_length": 56, "model_type": "bart", "no_repeat_ngram_size": 3,
+    "normalize_before": False, "num_beams": 4, "num_hidden_layers": 12, "output_past": True, "pad_token_id": 1,
+    "prefix": " ", "scale_embedding": False, "use_cache": True, "vocab_size": 50264,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("data", "count"),
-    [(LLAMA_2_7B, 6738415616), (LLAMA_3_1_8B, 8030261248), (GPT2_XL, 1557611200), (BERT_LARGE, 335141888)],
-    ids=["llama-2-7b", "llama-3.1-8b", "gpt2-xl", "bert-large"],
-)
+    [
+        (LLAMA_2_7B, 6738415616), (LLAMA_3_1_8B, 8030261248), (GPT2_XL, 1557611200), (BERT_LARGE, 335141888),
+        (T5_SMALL, 60506624), (FLAN_T5_BASE, 247577856), (BART_LARGE_CNN, 406290432 + 50264),
+    ],
+    ids=["llama-2-7b", "llama-3.1-8b", "gpt2-xl", "bert-large", "t5-small", "flan-t5-base", "bart-large-cnn"],
+)  # fmt: skip
 def test_published_configs_have_their_published_size(data, count):
     config = FAMILIES[data["model_type"]].config.from_hf(data)
     shapes = fm.abstract(config)

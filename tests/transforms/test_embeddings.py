@@ -32,7 +32,18 @@ HF = {
         transformers.BertConfig(max_position_embeddings=16, tie_word_embeddings=tied, **SMALL, **COMMON)
     ),
 }  # fmt: skip
-CASES = [(family, tied) for family in HF for tied in (True, False)]
+PAIRS = {
+    "t5": lambda tied: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(num_layers=1, num_heads=2, d_model=8, d_kv=4, d_ff=12, vocab_size=40)
+    ),
+    "bart": lambda tied: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, d_model=8,
+            encoder_ffn_dim=12, decoder_ffn_dim=12, max_position_embeddings=16, vocab_size=40, init_std=0.5,
+        )
+    ),
+}  # fmt: skip
+CASES = [(family, tied) for family in HF for tied in (True, False)] + [(family, True) for family in PAIRS]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
@@ -40,8 +51,11 @@ def folder(request, tmp_path_factory):
     """A checkpoint saved by transformers, with biases moved off zero."""
     family, tied = request.param
     torch.manual_seed(0)
-    model = HF[family](tied).eval()
+    model = (HF | PAIRS)[family](tied).eval()
     with torch.no_grad():
+        for buffer in model.buffers():
+            if buffer.shape == (1, 40):  # BART's bias of logits
+                buffer += torch.randn_like(buffer)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)
@@ -56,8 +70,7 @@ def tensors(model):
 
 @pytest.mark.parametrize("size", [{"new": 47}, {"new": 29}, {"new": 45, "pad": 16}, {"pad": 32}, {"pad": 8}, {}])
 def test_like_transformers(folder, size):
-    model = transformers.AutoModelForMaskedLM if "bert" in (folder / "config.json").read_text() else None
-    model = (model or transformers.AutoModelForCausalLM).from_pretrained(folder)
+    model = class_of(fm.load_config(folder)).from_pretrained(folder)
     torch.manual_seed(0)
     model.resize_token_embeddings(size.get("new"), pad_to_multiple_of=size.get("pad"))
     params, config = fm.load(folder)
@@ -76,7 +89,8 @@ def test_like_transformers(folder, size):
         assert tensor.shape == want.shape, name
         resized = before[name].shape != tensor.shape
         rows = kept if resized else None
-        np.testing.assert_array_equal(np.asarray(tensor)[:rows], want[:rows], err_msg=name)
+        tensor, want = (np.asarray(x).T if name == "final_logits_bias" else np.asarray(x) for x in (tensor, want))
+        np.testing.assert_array_equal(tensor[:rows], want[:rows], err_msg=name)
         if resized and name.endswith("bias") and config.tie_word_embeddings:
             np.testing.assert_array_equal(tensor, want, err_msg=name)
         elif resized:
@@ -85,16 +99,22 @@ def test_like_transformers(folder, size):
             np.testing.assert_allclose(tensor[kept:], want[kept:], atol=5e-4, err_msg=name)
 
 
+def class_of(config):
+    return getattr(transformers, config.ARCHITECTURES[config.task])
+
+
 def test_transformers_loads_what_was_resized(folder, tmp_path):
     params, config = fm.load(folder)
     params, config = fm.resize_embeddings(params, config, 47)
     fm.save(params, config, tmp_path)
-    auto = transformers.AutoModelForMaskedLM if config.model_type == "bert" else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(tmp_path).eval()
+    model = class_of(config).from_pretrained(tmp_path).eval()
     tokens = jnp.array([[3, 46, 41, 7]], jnp.int32)
+    theirs = torch.tensor(np.asarray(tokens))
+    pair = config.is_encoder_decoder
     with torch.no_grad():
-        want = model(torch.tensor(np.asarray(tokens))).logits.numpy()
-    np.testing.assert_allclose(fm.forward(params, config, tokens).logits, want, rtol=1e-5, atol=1e-5)
+        want = model(theirs, **({"decoder_input_ids": theirs} if pair else {})).logits.numpy()
+    got = fm.forward(params, config, tokens, **({"decoder_tokens": tokens} if pair else {})).logits
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("gpt2", "list"), ("bert", "stacked"), ("llama", "stacked")])
