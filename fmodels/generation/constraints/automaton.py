@@ -42,6 +42,10 @@ class TokenAutomaton(NamedTuple):
     ends: Any
     start: Any
 
+    def accepts(self, state: Array) -> Array:
+        """`(b)` bool, whether the text is complete in these states; for stop strings, whether one has just ended."""
+        return jnp.asarray(self.final)[state]
+
 
 def compile_tokens(
     dfa: Dfa, vocabulary: Vocabulary, end_tokens: Iterable[int], *, max_entries: int = MAX_ENTRIES

@@ -57,7 +57,7 @@ class Nfa:
         limit: the number of states at which `new` raises.
     """
 
-    def __init__(self, limit: int = 40 * MAX_STATES):
+    def __init__(self, limit: int = 16 * MAX_STATES):
         self.edges: list[list[tuple[int, int, int]]] = []
         self.free: list[list[int]] = []
         self.begin: dict[int, list[int]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -87,7 +87,7 @@ NOTHING = Choice(())
 EMPTY = Concat(())
 
 
-def sequence(*parts: Node | str) -> Node:
+def concat(*parts: Node | str) -> Node:
     """All parts, one after the other; str are literal."""
     return Concat(tuple(Text(part.encode()) if isinstance(part, str) else part for part in parts))
 
@@ -111,7 +111,7 @@ def build(nfa: Nfa, node: Node, start: int) -> int:
                 start = _edge(nfa, start, byte, byte)
             return start
         case Chars(ranges, escaped):
-            return _build_machine(nfa, characters(ranges, escaped), start)
+            return _add(nfa, _character_edges(ranges, escaped), start)
         case Concat(parts):
             for part in parts:
                 start = build(nfa, part, start)
@@ -134,7 +134,7 @@ def build(nfa: Nfa, node: Node, start: int) -> int:
             nfa.end.setdefault(start, []).append(end)
             return end
         case Machine(dfa):
-            return _build_machine(nfa, dfa, start)
+            return _add(nfa, _edges_of(dfa), start)
 
 
 def _edge(nfa: Nfa, start: int, low: int, high: int) -> int:
@@ -188,17 +188,35 @@ def _build_joined(nfa: Nfa, items: Sequence[tuple[Node, bool]], separator: Node,
     return end
 
 
-def _build_machine(nfa: Nfa, dfa: Dfa, start: int) -> int:
-    end = nfa.new()
-    states = [nfa.new() for _ in range(len(dfa.final))]
+class _Edges(NamedTuple):
+    """An automaton as edges: its number of states, `(state, low, high, target)`, and its final states."""
+
+    states: int
+    edges: list[tuple[int, int, int, int]]
+    final: list[int]
+
+
+def _edges_of(dfa: Dfa) -> _Edges:
+    edges = []
+    for q, row in enumerate(dfa.next[:, dfa.classes]):
+        cuts = (np.flatnonzero(np.diff(row)) + 1).tolist()
+        ranges = zip([0, *cuts], [*cuts, 256], strict=True)
+        edges += [(q, low, high - 1, int(row[low])) for low, high in ranges if row[low] >= 0]
+    return _Edges(len(dfa.final), edges, np.flatnonzero(dfa.final).tolist())
+
+
+@functools.lru_cache(maxsize=256)
+def _character_edges(ranges: Ranges, escaped: bool) -> _Edges:
+    return _edges_of(characters(ranges, escaped))
+
+
+def _add(nfa: Nfa, machine: _Edges, start: int) -> int:
+    states = [nfa.new() for _ in range(machine.states)]
+    for q, low, high, to in machine.edges:
+        nfa.edges[states[q]].append((low, high, states[to]))
     nfa.free[start].append(states[0])
-    targets = dfa.next[:, dfa.classes]
-    for q, row in enumerate(targets):
-        cuts = np.flatnonzero(np.diff(row)) + 1
-        for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), 256], strict=True):
-            if row[low] >= 0:
-                nfa.edges[states[q]].append((low, high - 1, states[int(row[low])]))
-    for q in np.flatnonzero(dfa.final).tolist():
+    end = nfa.new()
+    for q in machine.final:
         nfa.free[states[q]].append(end)
     return end
 

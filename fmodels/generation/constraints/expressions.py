@@ -32,10 +32,10 @@ _UNSUPPORTED = {
     "AT_BOUNDARY": r"a word boundary \b",
     "AT_NON_BOUNDARY": r"a word boundary \B",
 }
-_IGNORED_FLAGS = re.UNICODE | re.VERBOSE
 _DIGITS: Ranges = ((48, 57),)
 _WORD: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
 _SPACE: Ranges = ((9, 13), (32, 32))
+_LINE_ENDS: Ranges = ((10, 10), (13, 13), (0x2028, 0x2029))
 
 
 def parse_regex(pattern: str, *, unicode: bool = False, escaped: bool = False) -> Node:
@@ -45,7 +45,8 @@ def parse_regex(pattern: str, *, unicode: bool = False, escaped: bool = False) -
         pattern: in the syntax of `re`. Groups are only for precedence, and lazy repetitions mean the greedy ones. `^` and
             `$` are the beginning and the end of the text, wherever they stand.
         unicode: whether `\d`, `\w`, `\s` mean all of Unicode; else ASCII, as with `re.ASCII` and in JSON Schema.
-        escaped: whether the text stands inside of a JSON string.
+        escaped: whether the text stands inside of a JSON string. Then a class means what it means in each of ASCII,
+            Unicode and JavaScript, so that `\D` is no digit of any script, and `.` no end of line of any kind.
 
     Raises:
         ValueError: a syntax error, or a construct that no automaton has: it is named.
@@ -73,8 +74,8 @@ class _Builder:
     def sequence(self, items: Any, flags: int) -> Node:
         if flags & re.MULTILINE:
             raise self.refuse("the flag (?m)")
-        if flags & re.IGNORECASE and self.unicode:
-            raise ValueError(f"regex: {self.pattern!r} has the flag (?i), which is only here without unicode=True")
+        if flags & re.IGNORECASE and (self.unicode or self.escaped):
+            raise ValueError(f"regex: {self.pattern!r} has the flag (?i), which is only here for ASCII; write classes")
         parts = tuple(self.node(str(name), argument, flags) for name, argument in items)
         return parts[0] if len(parts) == 1 else Concat(parts)
 
@@ -85,7 +86,8 @@ class _Builder:
             case "NOT_LITERAL":
                 return self.chars(((argument, argument),), flags, negated=True)
             case "ANY":
-                return self.chars(() if flags & re.DOTALL else ((10, 10),), 0, negated=True)
+                lines = _LINE_ENDS if self.escaped else ((10, 10),)
+                return self.chars(() if flags & re.DOTALL else lines, 0, negated=True)
             case "IN":
                 return self.set(argument, flags)
             case "CATEGORY":
@@ -119,17 +121,19 @@ class _Builder:
                 case "RANGE":
                     ranges.append(argument)
                 case "CATEGORY":
-                    ranges += self.category(str(argument))
+                    ranges += self.category(str(argument), negated)
                 case other:
                     raise self.refuse(other)
         return self.chars(tuple(ranges), flags, negated=negated)
 
-    def category(self, name: str) -> Ranges:
+    def category(self, name: str, negated: bool) -> Ranges:
         kind = name.removeprefix("CATEGORY_").removeprefix("NOT_")
-        if not self.unicode:
-            ranges = {"DIGIT": _DIGITS, "WORD": _WORD, "SPACE": _SPACE}[kind]
-        else:
-            ranges = _unicode_category(kind)
+        ranges = {"DIGIT": _DIGITS, "WORD": _WORD, "SPACE": _SPACE}[kind]
+        excluded = ("_NOT_" in name) != negated
+        if self.unicode or (self.escaped and excluded):
+            # JavaScript counts the byte order mark as a space.
+            more = ((0xFEFF, 0xFEFF),) if self.escaped and kind == "SPACE" else ()
+            ranges = normal_ranges(ranges + _unicode_category(kind) + more)
         return complement_ranges(ranges) if "_NOT_" in name else ranges
 
     def chars(self, ranges: Ranges, flags: int, *, negated: bool = False) -> Node:
