@@ -88,8 +88,9 @@ def generate_many(
         return []
     width = max(map(len, rows))
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+    for i, row in enumerate(rows):  # some encoders count columns, so what they read is padded on the right
+        place = slice(len(row)) if config.task == "seq2seq-lm" else slice(width - len(row), None)
+        tokens[i, place], mask[i, place] = row, True
     call = prepare(
         params, config, tokens, mask, max_new_tokens, key, options, None, None, None, None, processors, stops,
         constraint, tokenizer, None, None, False, 0,
@@ -144,9 +145,9 @@ def _run(call: Call, lengths: np.ndarray, batch: int) -> list[Continuation]:
 
 def _some(inputs: Inputs, ids: np.ndarray, width: int | None = None) -> Inputs:
     """The prompts with these numbers, as wide as the longest of their bucket."""
-    first = 0 if width is None else max(0, inputs.tokens.shape[1] - width)
+    first = 0 if width is None or inputs.encoder_tokens is not None else max(0, inputs.tokens.shape[1] - width)
     encoder = {
-        name: None if array is None else array[ids]
+        name: None if array is None else array[ids, :width]
         for name, array in (("encoder_tokens", inputs.encoder_tokens), ("encoder_mask", inputs.encoder_mask))
     }
     return Inputs(inputs.tokens[ids, first:], inputs.mask[ids, first:], **encoder)

@@ -109,7 +109,7 @@ def prepare(
     encoder: dict[str, Any] = {}
     prompt = read
     if encoder_decoder:
-        encoder = _encoder_inputs(params, read, present)
+        encoder = _encoder_inputs(_table(params, config, "encoder"), read, present)
         prompt, present = _decoder_prompt(params, config, first, read.shape[0], decoder_tokens, decoder_mask)
     elif decoder_tokens is not None or decoder_mask is not None:
         raise ValueError(f"generate: {config.model_type} has no encoder; leave decoder_tokens and decoder_mask out")
@@ -118,7 +118,7 @@ def prepare(
     fed, fed_mask = prompt, present
     if prefix is not None:
         prompt, present, fed, fed_mask = _after(prefix, prompt, present)
-    count = _count(params, first, max_new_tokens, prompt.shape[1], int(present.sum(-1).max()))
+    count = _count(_table(params, config), first, max_new_tokens, prompt.shape[1], int(present.sum(-1).max()))
     if any(row.do_sample for row in rows) and key is None:
         raise ValueError("generate: sampling needs a random key; pass key=jax.random.key(0), or do_sample=False")
     vocabulary = params["embed"]["tokens"].shape[0]
@@ -126,11 +126,11 @@ def prepare(
         params, config, rows, draft=draft, vocabulary=vocabulary, eos=eos, count=count
     )
     inputs = Inputs(
-        *_left(fed, fed_mask, _table(params)),
+        *_left(fed, fed_mask, _table(params, config)),
         text=_left(prompt, present, None) if prefix is not None else None,
         cache=None if prefix is None else prefix.cache,
         **encoder,
-        **_negative(params, first, fed, fed_mask, negative_tokens, negative_mask),
+        **_negative(params, config, first, fed, fed_mask, negative_tokens, negative_mask),
         extra=extra,
     )
     arrays = build(
@@ -236,15 +236,16 @@ SHARED = tuple(name for name in GenerationConfig.__dataclass_fields__ if name no
 """Those that are the same for all rows of a call."""
 
 
-def _table(params: Params) -> int | None:
-    """Positions of the (decoder's) table, if the model has one."""
+def _table(params: Params, config: Config, stack: str = "decoder") -> int | None:
+    """Positions of the table of the decoder (or of the encoder), if the model has one."""
+    if config.task == "seq2seq-lm":
+        return config.max_positions if "positions" in params[stack].get("embed", {}) else None
     table = params["embed"].get("positions")
     return None if table is None else table.shape[0]
 
 
-def _count(params: Params, options: GenerationConfig, max_new_tokens: int | None, length: int, real: int) -> int:
+def _count(table: int | None, options: GenerationConfig, max_new_tokens: int | None, length: int, real: int) -> int:
     """How many tokens to add, by transformers' rules."""
-    table = _table(params)
     room = None if table is None else table - real
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1):
         raise ValueError(f"generate: max_new_tokens is an integer of at least 1; got {max_new_tokens!r}")
@@ -280,11 +281,13 @@ def _left(prompt: np.ndarray, present: np.ndarray, table: int | None) -> tuple[A
     return jnp.asarray(np.pad(tokens, before)), jnp.asarray(np.pad(mask, before))
 
 
-def _encoder_inputs(params: Params, read: np.ndarray, present: np.ndarray) -> dict[str, Array]:
+def _encoder_inputs(table: int | None, read: np.ndarray, present: np.ndarray) -> dict[str, Array]:
     """What the encoder reads, in a bucket with padding on the right: some encoders count columns."""
-    table = params.get("encoder", {}).get("embed", {}).get("positions")
-    width = bucket(read.shape[1])
-    width = width if table is None else max(read.shape[1], min(width, table.shape[0]))
+    if table is not None and read.shape[1] > table:
+        raise ValueError(
+            f"generate: {read.shape[1]} tokens are more than the {table} positions of the encoder; shorten them"
+        )
+    width = bucket(read.shape[1]) if table is None else min(bucket(read.shape[1]), table)
     after = ((0, 0), (0, width - read.shape[1]))
     return {
         "encoder_tokens": jnp.asarray(np.pad(read, after)),
@@ -344,7 +347,13 @@ def _after(
 
 
 def _negative(
-    params: Params, options: GenerationConfig, prompt: np.ndarray, present: np.ndarray, tokens: Any, mask: Any
+    params: Params,
+    config: Config,
+    options: GenerationConfig,
+    prompt: np.ndarray,
+    present: np.ndarray,
+    tokens: Any,
+    mask: Any,
 ) -> dict[str, Any]:
     """The second text of classifier-free guidance: the last token of each prompt where none is given."""
     scale = options.guidance_scale
@@ -358,7 +367,7 @@ def _negative(
     else:
         other, real = _check_prompt(params, tokens, mask, "negative_tokens")
         real = np.ones(other.shape, bool) if real is None else real
-    tokens, mask = _left(other, real, _table(params))
+    tokens, mask = _left(other, real, _table(params, config))
     return {"other_tokens": tokens, "other_mask": mask, "guidance": jnp.asarray(scale, jnp.float32)}
 
 

@@ -89,9 +89,9 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
     def run(tokens: Array, mask: Array | None, positions: Array, cache: Cache, **want: Any) -> Output:
         if cache.cross is None:
             return forward(params, config, tokens, mask=mask, positions=positions, cache=cache, **want)
-        return forward(
-            params, config, None, decoder_tokens=tokens, decoder_mask=mask, positions=positions, cache=cache, **want
-        )
+        if "positions" in params["decoder"].get("embed", params["embed"]):  # else it counts distances
+            want["positions"] = positions
+        return forward(params, config, None, decoder_tokens=tokens, decoder_mask=mask, cache=cache, **want)
 
     def prefill(tokens: Array, mask: Array, slots: int, *, before: Cache | None = None, **want: Any) -> Output:
         chunk = plan.chunk
