@@ -260,6 +260,23 @@ def test_t5_whose_head_is_neither_tied_nor_there(case, tmp_path, caplog):
         fm.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("name", ["bart/seq2seq-lm", "t5/seq2seq-lm"])
+def test_untied_pairs(case, name, tmp_path, caplog):
+    """Untied, transformers has a table for each part of BART; all that it needs is written, and goes again."""
+    loaded = case(name)
+    untied, config = fm.untie(loaded.params, loaded.config)
+    fm.check(untied, config)
+    fm.save(untied, config, tmp_path)
+    model, info = type(loaded.model).from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not any(info.values()), info
+    assert np.array_equal(families.reference(model, loaded.inputs())["logits"], loaded.reference()["logits"])
+    again, read = fm.load(tmp_path)
+    assert ("decoder.embed.tokens" in fm.tree.flatten(again)) == (name == "bart/seq2seq-lm")
+    params, config = fm.tie(again, read)
+    assert config == loaded.config
+    chex.assert_trees_all_equal(params, loaded.params)
+
+
 def test_parts_of_an_encoder_decoder_checkpoint(case, caplog):
     """The decoder alone as a language model, the encoder alone; and an encoder that gets a new decoder."""
     loaded = case("bart/seq2seq-lm")

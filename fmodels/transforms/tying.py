@@ -48,9 +48,6 @@ def untie(params: Params, config: Config) -> tuple[Params, Config]:
         # A copy: two leaves that are one buffer cannot both be donated, and numpy's would change together.
         table = jax.tree.map(lambda part: part.copy(), tree.get(params, "embed.tokens"))
         params = tree.update(params, {"lm_head.weight": table})
-        if tree.has(params, "lm_head.bias"):  # BERT's untied head has two on disk, of which one is read
-            bias = jax.tree.map(lambda part: part.copy(), tree.get(params, "lm_head.bias"))
-            params = tree.update(params, {"lm_head.spare_bias": bias})
     return params, _with_tied(config, False)
 
 

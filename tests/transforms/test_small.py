@@ -86,7 +86,7 @@ def test_untie_and_tie(family, tmp_path):
     fm.save(untied, new, tmp_path)
     again, read = fm.load(tmp_path)
     assert read == new
-    assert_same(again, untied)
+    assert_same(fm.to_disk(again, read), fm.to_disk(untied, new))  # BERT's file has its bias twice
 
 
 def test_untie_copies_numpy_tables():
