@@ -11,6 +11,7 @@ import numpy as np
 
 from fmodels import programs
 from fmodels.generation.config import GenerationConfig
+from fmodels.generation.constraints import Guidance, unpack
 from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
 from fmodels.generation.strategy import Result
@@ -95,7 +96,10 @@ def generate(
         params, config, tokens, mask, max_new_tokens, key, options, decoder_tokens, decoder_mask, negative_tokens,
         negative_mask, processors, stops, constraint, tokenizer, draft, prefix, keep_cache, top_logprobs,
     )  # fmt: skip
-    result = _in_time(call) if call.max_time is not None else programs.whole(*call.arguments)
+    if call.guidance is not None:
+        result = _with_host(call, call.guidance)
+    else:
+        result = _in_time(call) if call.max_time is not None else programs.whole(*call.arguments)
     return _generated(call, result)
 
 
@@ -136,6 +140,8 @@ def stream(
     if others:
         raise TypeError(f"stream: unknown argument {next(iter(others))!r}")
     call = prepare(params, config, tokens, mask, max_new_tokens, key, options, **arguments)
+    if call.guidance is not None:
+        raise ValueError("stream: this constraint is too large for tables; use generate")
     if call.plan.strategy not in ("sample", "dola"):
         raise ValueError(f"stream: {call.plan.strategy} does not make a token of each row at each step; use generate")
 
@@ -170,6 +176,25 @@ def _in_time(call: Call) -> Result:
     while bool(more) and time.monotonic() - begun < call.max_time:
         state, more, _ = programs.steps(*call.arguments[:-1], state, count)
     return programs.last(*call.arguments[:-1], state)
+
+
+def _with_host(call: Call, guidance: Guidance) -> Result:
+    """A step at a time, each with the tokens that llguidance allows on the host."""
+    params, config, plan, inputs, options, key = call.arguments
+    vocabulary, batch = params["embed"]["tokens"].shape[0], len(call.prompt)
+    rows, left = guidance.start(), int(options.max_new_tokens)
+    one, state, more = jnp.asarray(1, jnp.int32), None, True
+    while more:
+        mask = unpack(jnp.asarray(guidance.mask(rows, [left] * batch)), vocabulary)
+        now = options._replace(mask=mask)
+        if state is None:
+            state, _, newest = programs.first(params, config, plan, inputs, now, key)
+        else:
+            state, _, newest = programs.steps(params, config, plan, inputs, now, state, one)
+        rows, taken = guidance.advance(rows, np.asarray(newest), [left] * batch)
+        state, more = programs.correct(state, jnp.asarray(taken), options)
+        left -= 1
+    return programs.last(params, config, plan, inputs, options._replace(mask=mask), state)
 
 
 def _generated(call: Call, result: Result) -> Generated:

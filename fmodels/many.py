@@ -95,7 +95,7 @@ def generate_many(
         params, config, tokens, mask, max_new_tokens, key, options, None, None, None, None, processors, stops,
         constraint, tokenizer, None, None, False, 0,
     )  # fmt: skip
-    if call.plan.strategy != "sample" or call.plan.sequences > 1 or call.plan.guided or call.max_time is not None:
+    if call.plan.strategy != "sample" or call.plan.sequences > 1 or call.plan.guided or call.max_time or call.guidance:
         raise ValueError(
             "generate_many: only greedy decoding and sampling of one sequence a prompt; use generate for the rest"
         )

@@ -56,6 +56,7 @@ class Call(NamedTuple):
     present: np.ndarray
     arguments: tuple[Params, Config, Plan, Inputs, Options, Key]
     max_time: float | None
+    guidance: constraints.Guidance | None = None
 
     @property
     def plan(self) -> Plan:
@@ -133,6 +134,12 @@ def prepare(
         **_negative(params, config, first, fed, fed_mask, negative_tokens, negative_mask),
         extra=extra,
     )
+    text = inputs.text or (inputs.tokens, inputs.mask)
+    automata, guidance = _automata(constraint, tokenizer, first, text, vocabulary, eos, count)
+    if guidance is not None and (strategy != "sample" or sequences > 1 or first.max_time is not None):
+        raise ValueError(
+            "generate: this constraint is too large for tables; only greedy decoding and sampling can follow it"
+        )
     arrays = build(
         rows,
         eos=eos,
@@ -140,7 +147,7 @@ def prepare(
         max_new_tokens=count,
         vocabulary=vocabulary,
         prompt=prompt.shape[1],
-        automata=_automata(constraint, tokenizer, first, vocabulary, eos, count, prompt.shape[0]),
+        automata=automata,
         watermark=_watermark(first, strategy),
     )
     plan = Plan(
@@ -163,7 +170,7 @@ def prepare(
         quantized=first.cache_implementation == "quantized",
     )
     key = jax.random.key(0) if key is None else typed(key)
-    return Call(prompt, present, (params, config, plan, inputs, arrays, key), first.max_time)
+    return Call(prompt, present, (params, config, plan, inputs, arrays, key), first.max_time, guidance)
 
 
 def typed(key: Key) -> Key:
@@ -375,28 +382,34 @@ def _automata(
     constraint: Any,
     tokenizer: Any,
     options: GenerationConfig,
+    text: tuple[Array, Array],
     vocabulary: int,
-    eos: Sequence[int],
+    eos: Any,
     count: int,
-    batch: int,
-) -> Automata:
-    """The compiled automata of a constraint and of stop strings."""
+) -> tuple[Automata, constraints.Guidance | None]:
+    """The compiled automata of a constraint and of stop strings, and what the host follows if one is too large for tables."""
     if constraint is None and options.stop_strings is None:
-        return Automata()
+        return Automata(), None
     if tokenizer is None:
         raise ValueError("generate: constraint and stop_strings are about text; pass tokenizer=")
     words = constraints.read_vocabulary(tokenizer, size=vocabulary)
-    grammar = stop = None
+    grammar, host, stop = None, None, None
     if constraint is not None:
+        batch = text[0].shape[0]
         rows = list(constraint) if isinstance(constraint, list | tuple) else [constraint] * batch
         if len(rows) != batch:
             raise ValueError(f"generate: constraint is one, or one for each of the {batch} rows; got {len(rows)}")
-        compiled = {c: c.compile(words, eos) for c in rows if c is not None}
-        grammar = constraints.stack([None if c is None else compiled[c] for c in rows], size=vocabulary)
-        constraints.require_room(grammar, count)
+        compiled = constraints.compile_rows(rows, words, eos)
+        if isinstance(compiled, constraints.Guidance):
+            host = compiled
+            host.require_room(host.start(), count)
+        else:
+            grammar = compiled
+            constraints.require_room(grammar, count)
     if options.stop_strings is not None:
-        raise NotImplementedError("generate: stop_strings are not supported yet")
-    return Automata(grammar, stop)
+        stop = constraints.stop_strings(options.stop_strings, words)
+        stop = stop._replace(start=constraints.read_stop(stop, *text))
+    return Automata(grammar, stop), host
 
 
 def _watermark(options: GenerationConfig, strategy: str) -> Watermark | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fmodels.generation import history as said
 from fmodels.generation.options import Options, Processor
-from fmodels.generation.sample import NOTHING, Ask, Predicate
+from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.models import Config, family
 from fmodels.nn.cache import grow, init_cache, put_rows, set_rows
@@ -253,6 +253,21 @@ def steps(
 
     state, _ = jax.lax.while_loop(more, step, (state, jnp.zeros((), jnp.int32)))
     return state, strategy.more(state), strategy.newest(state)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def correct(state: Any, token: Array, options: Options) -> tuple[Any, Array]:
+    """A state of the strategy `sample` whose newest tokens are `token` `(b)`, and whether it wants another step."""
+    changed = token != state.token
+    history = state.history
+    rows, column = jnp.arange(token.shape[0]), history.end - 1
+    column = jnp.where(changed, column, history.tokens.shape[1])
+    history = history._replace(
+        tokens=history.tokens.at[rows, column].set(token, mode="drop"), seen=history.seen.at[rows, token].max(changed)
+    )
+    ended = is_end(token, options.eos) | (history.new >= options.max_new_tokens)
+    done = jnp.where(changed, ended, state.done)
+    return state._replace(history=history, token=token, done=done), ~done.all()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("state",))
