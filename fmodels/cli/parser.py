@@ -130,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens that were there less likely"
     )
+    generate.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any option by its name in transformers' GenerationConfig, such as num_beams=4; the value is JSON or text",
+    )
+    generate.add_argument("--regex", metavar="PATTERN", help="what is generated matches this as a whole")
+    generate.add_argument("--json-schema", metavar="FILE", help="what is generated is JSON that this schema describes")
     generate.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
 
     convert = command(

@@ -116,6 +116,7 @@ def run_generate(args: argparse.Namespace) -> int:
     params, config = load(folder, layers="list")
     names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options |= dict(_option(text) for text in args.option)
     own = config.generation.do_sample if config.generation is not None else None
     unused = [f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "min_p") if name in options]
     if unused and not options.get("do_sample", own):
@@ -127,14 +128,17 @@ def run_generate(args: argparse.Namespace) -> int:
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
     call: dict[str, Any] = {
         "mask": mask, "max_new_tokens": args.max_new_tokens, "key": jax.random.key(args.seed),
-        "options": GenerationConfig(**options),
+        "options": GenerationConfig(**options), "tokenizer": home / "tokenizer.json" if tokenizer else None,
+        "constraint": _constraint(args),
     }  # fmt: skip
-    if len(rows) == 1 and not args.json:
+    if len(rows) == 1 and not args.json and not NOT_STREAMED & set(options):
         _stream(stream(params, config, tokens, **call), rows[0], tokenizer)
         return 0
     out = generate(params, config, tokens, **call)
     results = []
-    for i, (row, length) in enumerate(zip(rows, np.asarray(out.lengths).tolist(), strict=True)):
+    each, width = len(out.lengths) // len(rows), out.tokens.shape[1] - out.logprobs.shape[1]
+    for i, length in enumerate(np.asarray(out.lengths).tolist()):
+        row = rows[i // each]
         new = np.asarray(out.tokens)[i, width : width + length].tolist()
         result: dict[str, Any] = {
             "prompt_tokens": list(row),
@@ -142,7 +146,7 @@ def run_generate(args: argparse.Namespace) -> int:
             "logprobs": np.asarray(out.logprobs)[i, :length].tolist(),
         }
         if tokenizer is not None:
-            result = {"prompt": args.prompts[i], "text": tokenizer.decode(new), **result}
+            result = {"prompt": args.prompts[i // each], "text": tokenizer.decode(new), **result}
         results.append(result)
     if args.json:
         print_json(results)
@@ -155,6 +159,40 @@ def run_generate(args: argparse.Namespace) -> int:
         )
         print(f"[{i}] {text}")
     return 0
+
+
+NOT_STREAMED = frozenset(
+    "num_beams num_return_sequences penalty_alpha prompt_lookup_num_tokens assistant_early_exit".split()
+)
+"""Options whose tokens are not known one by one."""
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON if it is."""
+    import json
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option {text!r}: expected NAME=VALUE, such as num_beams=4")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value
+
+
+def _constraint(args: argparse.Namespace) -> Any:
+    """What `--regex` or `--json-schema` asks for."""
+    from pathlib import Path
+
+    from fmodels.generation import constraints
+
+    if args.regex is not None and args.json_schema is not None:
+        raise ValueError("--regex and --json-schema exclude each other; give one of them")
+    if args.regex is not None:
+        return constraints.regex(args.regex)
+    if args.json_schema is not None:
+        return constraints.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
+    return None
 
 
 def _stream(steps: Iterator[Any], prompt: Sequence[int], tokenizer: Any) -> None:
