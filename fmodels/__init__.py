@@ -19,6 +19,7 @@ from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
 from fmodels.generation import constraints as constraints
+from fmodels.generation.callbacks import PrefixAllowed as PrefixAllowed
 from fmodels.generation.config import GenerationConfig as GenerationConfig
 from fmodels.generation.watermark import Watermark as Watermark
 from fmodels.generation.watermark import detect_watermark as detect_watermark
