@@ -175,7 +175,7 @@ def prepare(
 
 def typed(key: Key) -> Key:
     """A key of `jax.random.key`, also from one of the older `jax.random.PRNGKey`."""
-    return key if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _check_task(config: Config) -> bool:
