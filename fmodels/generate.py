@@ -194,7 +194,7 @@ def _with_host(call: Call, guidance: Guidance) -> Result:
         rows, taken = guidance.advance(rows, np.asarray(newest), [left] * batch)
         state, more = programs.correct(state, jnp.asarray(taken), options)
         left -= 1
-    return programs.last(params, config, plan, inputs, options._replace(mask=mask), state)
+    return programs.last(params, config, plan, inputs, options, state)
 
 
 def _generated(call: Call, result: Result) -> Generated:

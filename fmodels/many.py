@@ -146,8 +146,5 @@ def _run(call: Call, lengths: np.ndarray, batch: int) -> list[Continuation]:
 def _some(inputs: Inputs, ids: np.ndarray, width: int | None = None) -> Inputs:
     """The prompts with these numbers, as wide as the longest of their bucket."""
     first = 0 if width is None or inputs.encoder_tokens is not None else max(0, inputs.tokens.shape[1] - width)
-    encoder = {
-        name: None if array is None else array[ids, :width]
-        for name, array in (("encoder_tokens", inputs.encoder_tokens), ("encoder_mask", inputs.encoder_mask))
-    }
-    return Inputs(inputs.tokens[ids, first:], inputs.mask[ids, first:], **encoder)
+    encoder, real = (x if x is None else x[ids, :width] for x in (inputs.encoder_tokens, inputs.encoder_mask))
+    return Inputs(inputs.tokens[ids, first:], inputs.mask[ids, first:], encoder_tokens=encoder, encoder_mask=real)
