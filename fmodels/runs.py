@@ -18,21 +18,23 @@ import numpy as np
 
 from fmodels.api import CHOICE_TASKS, forward
 from fmodels.layout import to_disk
-from fmodels.models import Config
+from fmodels.models import Config, family
 from fmodels.types import Array, Output, Params
 
 LENGTH = 12
 """Tokens in a row of the random input."""
 HEADS = ("logits", "sequence_logits")
 FIELDS = ("hidden_states", "hidden", "pooled", *HEADS)
+THEIRS = {"token_types": "token_type_ids", "decoder_tokens": "decoder_input_ids"}
+"""Our name of an input, beside tokens and mask, -> transformers'."""
 
 
 class Given(NamedTuple):
-    """The random input: `tokens`, `mask`, `token_types` (or None), and a random weight for every output's elements."""
+    """The random input: `tokens`, `mask`, what else the model takes, and a random weight for every output's elements."""
 
     tokens: np.ndarray
     mask: np.ndarray
-    token_types: np.ndarray | None
+    others: dict[str, np.ndarray]
     seed: int
 
     def weight(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -59,7 +61,7 @@ class Result(NamedTuple):
 def random_input(params: Params, config: Config, seed: int, other: Params | None) -> Given:
     """Two rows of random tokens, the second padded on the right, which all frameworks understand alike."""
     random = np.random.default_rng(seed)
-    tables = [p["embed"] for p in (params, other) if p is not None]
+    tables = [p["embed"] | p.get("decoder", {}).get("embed", {}) for p in (params, other) if p is not None]
     vocabulary = min(table["tokens"].shape[0] for table in tables)
     length = min([LENGTH, *(table["positions"].shape[0] for table in tables if "positions" in table)])
     pad = config.pad_token_id if config.pad_token_id is not None and 0 <= config.pad_token_id < vocabulary else None
@@ -73,8 +75,13 @@ def random_input(params: Params, config: Config, seed: int, other: Params | None
         tokens = np.where(tokens == pad, (pad + 1) % vocabulary, tokens)
     tokens = np.where(mask, tokens, 0 if pad is None else pad).astype(np.int32)
     types = [table["types"].shape[0] for table in tables if "types" in table]
-    token_types = random.integers(0, min(types), shape).astype(np.int32) if types else None
-    return Given(tokens, mask, token_types, seed)
+    others = {"token_types": random.integers(0, min(types), shape).astype(np.int32)} if types else {}
+    if config.is_encoder_decoder and config.task == "sequence-classification":  # at the last end token of the tokens
+        tokens = np.where(tokens == config.eos_token_ids[0], pad or 0, tokens).astype(np.int32)
+        tokens[np.arange(rows), mask.sum(-1) - 1] = config.eos_token_ids[0]
+    elif config.is_encoder_decoder:
+        others["decoder_tokens"] = random.integers(0, vocabulary, shape).astype(np.int32)
+    return Given(tokens, mask, others, seed)
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
@@ -87,9 +94,9 @@ def run_jax(params: Params, config: Config, given: Given, *, gradients: bool) ->
     """The reference: `fm.forward`, on the tree as it is."""
 
     def run(params: Params) -> Output:
-        types = None if given.token_types is None else jnp.asarray(given.token_types)
+        others: dict[str, Any] = {name: jnp.asarray(value) for name, value in given.others.items()}
         mask = jnp.asarray(given.mask)
-        return forward(params, config, jnp.asarray(given.tokens), mask=mask, token_types=types, hidden_states=True)
+        return forward(params, config, jnp.asarray(given.tokens), mask=mask, **others, hidden_states=True)
 
     def loss(params: Params) -> tuple[Array, Output]:
         out = run(params)
@@ -99,7 +106,8 @@ def run_jax(params: Params, config: Config, given: Given, *, gradients: bool) ->
 
     if gradients:
         found, out = jax.jit(jax.grad(loss, has_aux=True))(params)
-        named = {name: np.asarray(value) for name, value in to_disk(found, config).items()}
+        buffers = family(config).weights.buffers(config)  # which PyTorch does not train
+        named = {name: np.asarray(value) for name, value in to_disk(found, config).items() if name not in buffers}
     else:
         out, named = run(params), {}
     return Result({f: np.asarray(getattr(out, f)) for f in FIELDS if getattr(out, f) is not None}, named)
@@ -111,7 +119,8 @@ def _run_torch(params: Params, config: Config, folder: Path, given: Given, *, gr
     from interop.torch import TorchModel
 
     module = TorchModel(params, config)
-    tensors = {name: torch.tensor(value) for name, value in given._asdict().items() if isinstance(value, np.ndarray)}
+    inputs = {"tokens": given.tokens, "mask": given.mask, **given.others}
+    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
     with torch.set_grad_enabled(gradients):
         out = module(**tensors, hidden_states=True)
         outputs = {name: getattr(out, name) for name in FIELDS if getattr(out, name, None) is not None}
@@ -141,7 +150,8 @@ def _run_tensorflow(params: Params, config: Config, folder: Path, given: Given, 
     from interop.tensorflow import TFModel
 
     module = TFModel(params, config)
-    tensors = {name: tf.constant(value) for name, value in given._asdict().items() if isinstance(value, np.ndarray)}
+    inputs = {"tokens": given.tokens, "mask": given.mask, **given.others}
+    tensors = {name: tf.constant(value) for name, value in inputs.items()}
     with tf.GradientTape() as tape:
         out = module(**tensors)
         outputs = {name: getattr(out, name) for name in FIELDS if getattr(out, name, None) is not None}
@@ -162,8 +172,7 @@ def _run_transformers(params: Params, config: Config, folder: Path, given: Given
 
     model, note = read_with_transformers(params, config, folder)
     inputs = {"input_ids": torch.tensor(given.tokens).long(), "attention_mask": torch.tensor(given.mask).long()}
-    if given.token_types is not None:
-        inputs["token_type_ids"] = torch.tensor(given.token_types).long()
+    inputs |= {THEIRS[name]: torch.tensor(value).long() for name, value in given.others.items()}
     if config.task == "double-heads":
         inputs["mc_token_ids"] = torch.tensor(np.where(given.mask, np.arange(given.mask.shape[-1]), 0).argmax(-1))
     model.config.use_cache = False
@@ -176,7 +185,9 @@ def _transformers_outputs(out: Any) -> dict[str, Any]:
     """By the names of `fm.Output`."""
     import torch
 
-    states = out.hidden_states  # GPT-2's last is by choices already, where there are choices
+    states = (
+        out.get("hidden_states") or out.decoder_hidden_states
+    )  # GPT-2's last is by choices already, where there are choices
     found = {"hidden_states": torch.stack([state.reshape(states[0].shape) for state in states])}
     if out.get("last_hidden_state") is not None:
         found["hidden"] = out.last_hidden_state

@@ -33,6 +33,8 @@ ALIASES = {
     "attention_mask": "mask",
     "position_ids": "positions",
     "token_type_ids": "token_types",
+    "decoder_input_ids": "decoder_tokens",
+    "decoder_attention_mask": "decoder_mask",
 }
 """transformers' name of an input -> ours."""
 
@@ -45,12 +47,14 @@ class TFOutput(NamedTuple):
         hidden: `(b t d)`, the last hidden state after the final norm; also `last_hidden_state`.
         pooled: `(b d)`, the pooler's output; also `pooler_output`.
         sequence_logits: float32; the second head of models that have two.
+        encoder_hidden: `(b s d)`, of encoder-decoder models.
     """
 
     logits: Any = None
     hidden: Any = None
     pooled: Any = None
     sequence_logits: Any = None
+    encoder_hidden: Any = None
 
     @property
     def last_hidden_state(self) -> Any:
@@ -180,21 +184,24 @@ class TFModel(tf.Module):
     def _assign(self, params: fm.Params, config: Any) -> None:
         """Takes over weights; variables whose shape stays keep their identity, and with it their optimizer's state."""
         variables = {}
+        buffers = fm.models.family(config).weights.buffers(config)  # which PyTorch does not train
         for name, array in _disk_arrays(params, config, "TFModel").items():
             old = self.named_variables.get(name)
             if old is not None and tuple(old.shape) == array.shape and old.dtype == tf.as_dtype(array.dtype):
                 old.assign(array)
                 variables[name] = old
             else:
-                trainable = old.trainable if old is not None else tf.as_dtype(array.dtype).is_floating
+                fresh = name not in buffers and tf.as_dtype(array.dtype).is_floating
+                trainable = old.trainable if old is not None else fresh
                 # Not a tensor that shares JAX's memory: the variable must own what it changes.
                 variables[name] = tf.Variable(tf.convert_to_tensor(array), trainable=trainable, name=name)
         self.named_variables = variables
         self.config = config
-        embed = params["embed"]
+        embed = params["embed"] | params.get("decoder", {}).get("embed", {})
         self._tables = types.SimpleNamespace(
             tokens=embed["tokens"].shape[0],
-            positions=embed["positions"].shape[0] if "positions" in embed else None,
+            decoder_tokens=embed["tokens"].shape[0],
+            positions=embed["positions"].shape[0] - config.position_offset if "positions" in embed else None,
             token_types=embed["types"].shape[0] if "types" in embed else None,
         )
         self._functions.by_inputs.clear()
@@ -215,10 +222,10 @@ class TFModel(tf.Module):
         return from_tensorflow(self, self.config)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers, a tied head once; `exclude_embeddings` leaves out tables of tokens, positions and types."""
-        tables = {("embed.tokens",), ("embed.positions",), ("embed.types",)}
+        """Counts numbers, a tied head once; `exclude_embeddings` leaves out the tables under `embed`."""
+        tables = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
         names = fm.disk_names(self.config) if exclude_embeddings else {}
-        counted = [v for n, v in self.named_variables.items() if names.get(n) not in tables]
+        counted = [v for n, v in self.named_variables.items() if not names.get(n, ("",))[0].endswith(tables)]
         return sum(int(tf.size(v)) for v in counted if v.trainable or not only_trainable)
 
     def get_input_embeddings(self) -> tf.Variable:
@@ -227,7 +234,15 @@ class TFModel(tf.Module):
         return self.named_variables[next(name for name, leaves in names if leaves == ("embed.tokens",))]
 
     def __call__(
-        self, tokens: Any = None, mask: Any = None, positions: Any = None, token_types: Any = None, **aliases: Any
+        self,
+        tokens: Any = None,
+        mask: Any = None,
+        positions: Any = None,
+        token_types: Any = None,
+        *,
+        decoder_tokens: Any = None,
+        decoder_mask: Any = None,
+        **aliases: Any,
     ) -> TFOutput:
         """Runs the model; see `fm.forward`.
 
@@ -236,6 +251,8 @@ class TFModel(tf.Module):
             mask: `(b t)` bool or 0/1, True for real tokens; all real if None. Also `attention_mask`.
             positions: `(b t)` int. Also `position_ids`.
             token_types: `(b t)` int. Also `token_type_ids`.
+            decoder_tokens: `(b t)` int, of encoder-decoder models. Also `decoder_input_ids`.
+            decoder_mask: `(b t)` bool or 0/1. Also `decoder_attention_mask`.
             **aliases: the inputs by transformers' names, such as `model(**tokenizer(texts, return_tensors="tf"))`.
 
         Returns:
@@ -246,9 +263,13 @@ class TFModel(tf.Module):
             TypeError: an unknown name, or an input under both of its names.
         """
         given = {"tokens": tokens, "mask": mask, "positions": positions, "token_types": token_types}
+        if self.config.is_encoder_decoder:
+            given |= {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask}
+        elif decoder_tokens is not None or decoder_mask is not None:
+            raise ValueError(f"TFModel: {self.config.model_type} of task {self.config.task!r} has no decoder tokens")
         inputs = self._inputs("TFModel", given, aliases)
         self._check_values(inputs)
-        ready = {name: tf.cast(value, tf.bool if name == "mask" else tf.int32) for name, value in inputs.items()}
+        ready = {name: tf.cast(value, _kind(name)) for name, value in inputs.items()}
         key = (tuple(ready), inputs["tokens"].shape.rank)
         functions = self._functions.by_inputs
         if key not in functions:
@@ -266,12 +287,14 @@ class TFModel(tf.Module):
             fields = {name: getattr(out, name) for name in TFOutput._fields}
             return {name: value for name, value in fields.items() if value is not None}
 
+        shapes: Any = {name: "b, n, t" if rank == 3 else f"b, {_length(name, names)}" for name in names}
         # A table of positions bounds the length; stated, because a symbolic length cannot be compared with it.
         bounded = self._tables.positions is not None and "positions" not in names
+        lengths = sorted({shape[-1] for shape in shapes.values()})
         converted = jax2tf.convert(
             forward,
-            polymorphic_shapes=[None, "b, n, t" if rank == 3 else "b, t"],
-            polymorphic_constraints=[f"t <= {self._tables.positions}"] if bounded else [],
+            polymorphic_shapes=[None, shapes],
+            polymorphic_constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
             with_gradient=with_gradient,
             native_serialization_platforms=PLATFORMS,
         )
@@ -302,10 +325,12 @@ class TFModel(tf.Module):
         elif 0 in shape:
             problems.append(f"there are no tokens; tokens have shape {shape}")
         for name, tensor in tensors.items():
-            if not tensor.shape.is_compatible_with(shape):
-                problems.append(f"{name} has shape {tensor.shape}, tokens have {shape}")
-            if not (tensor.dtype.is_integer or (name == "mask" and (tensor.dtype.is_bool or tensor.dtype.is_floating))):
-                wanted = "bool or 0/1" if name == "mask" else "integers, int32 or int64"
+            other = "decoder_tokens" if _length(name, tensors) == "s" else "tokens"
+            if other in tensors and not tensor.shape.is_compatible_with(tensors[other].shape):
+                problems.append(f"{name} has shape {tensor.shape}, {other} have {tensors[other].shape}")
+            masks = name.endswith("mask")
+            if not (tensor.dtype.is_integer or (masks and (tensor.dtype.is_bool or tensor.dtype.is_floating))):
+                wanted = "bool or 0/1" if masks else "integers, int32 or int64"
                 problems.append(f"{name} must be {wanted}; got {tensor.dtype.name}")
         if problems:
             raise ValueError(f"{what}: " + "; ".join(problems))
@@ -319,6 +344,7 @@ class TFModel(tf.Module):
             problems.append(f"{length} tokens are more than the {table} positions of this model")
         for name, what in (
             ("tokens", "the vocabulary; see resize_token_embeddings"),
+            ("decoder_tokens", "the vocabulary; see resize_token_embeddings"),
             ("positions", "the table of positions"),
             ("token_types", "the table of token types"),
         ):
@@ -419,7 +445,7 @@ class TFModel(tf.Module):
 
         Args:
             folder: made if it is not there.
-            inputs: which inputs it takes, of tokens, mask, positions and token_types.
+            inputs: which inputs it takes, of tokens, mask, positions, token_types, decoder_tokens and decoder_mask.
 
         Raises:
             ValueError: `inputs` lacks the tokens or has unknown names.
@@ -431,13 +457,23 @@ class TFModel(tf.Module):
         converted = self._convert(inputs, rank, with_gradient=False)
 
         def serve(**given: tf.Tensor) -> dict[str, tf.Tensor]:
-            return converted({name: tf.cast(t, tf.bool) if name == "mask" else t for name, t in given.items()})
+            return converted({name: tf.cast(t, _kind(name)) for name, t in given.items()})
 
         module = tf.Module(name=self.name)
         module.weights = dict(self.named_variables)  # pyright: ignore[reportAttributeAccessIssue]
         specs = {name: tf.TensorSpec([None] * rank, tf.int32, name=name) for name in inputs}
         signature = tf.function(serve, autograph=False).get_concrete_function(**specs)
         tf.saved_model.save(module, os.fspath(folder), signatures={"serving_default": signature})
+
+
+def _kind(name: str) -> tf.DType:
+    """The type of an input."""
+    return tf.bool if name.endswith("mask") else tf.int32
+
+
+def _length(name: str, names: Iterable[str]) -> str:
+    """The letter of an input's length: a decoder has its own, and positions are the decoder's."""
+    return "s" if "decoder_tokens" in names and (name.startswith("decoder_") or name == "positions") else "t"
 
 
 def _disk_arrays(params: fm.Params, config: Any, what: str, *, tied: bool = False) -> dict[str, np.ndarray]:

@@ -175,7 +175,7 @@ def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> Array:
         )
         x = x * scale
         if bias is not None:
-            x = x + jnp.broadcast_to(bias.reshape(-1, groups, each * t, bias.shape[-1]), x.shape)
+            x = x + jnp.broadcast_to(bias.reshape(bias.shape[0], groups, each * t, bias.shape[-1]), x.shape)
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
         return jnp.where(seen[:, None], x, lowest)
 

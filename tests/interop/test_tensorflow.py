@@ -86,13 +86,15 @@ def test_values_gradients_and_a_step_equal_transformers(trained):
     np.testing.assert_allclose(after.numpy()[real], np.asarray(now)[real], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["bert/multiple-choice", "bert/pretraining"])
+@pytest.mark.parametrize(
+    "name", ["bert/multiple-choice", "bert/pretraining", "t5/sequence-classification", "bart/base"]
+)
 def test_other_tasks(case, name):
     loaded = case(name)
     given = {n: a for n, a in loaded.inputs("left").items() if n != "positions"}
     out = TFModel(loaded.params, loaded.config)(**given)
-    want = {name: a for name, a in loaded.reference("left").items() if name != "hidden_states"}
-    families.assert_equal(out, want, given["mask"], causal=False)
+    want = {name: a for name, a in loaded.reference("left").items() if not name.endswith("hidden_states")}
+    families.assert_equal(out, want, **loaded.masks("left"), causal=loaded.case.causal)
     assert out.last_hidden_state is out.hidden
     assert out.pooler_output is out.pooled
 
