@@ -19,6 +19,7 @@ from fmodels.generation.constraints import (
     regex,
     unpack,
 )
+from tests.generation.random_schemas import document
 
 END = 2
 TREE = {
@@ -84,6 +85,37 @@ def test_random_walks_are_valid(vocabulary):
     for budget in (least, least + 3, least + 20, 100):
         for text, s in zip(generate(guidance, vocabulary, budget, rng), made, strict=True):
             jsonschema.validate(json.loads(text), s)
+
+
+@pytest.mark.parametrize("seed", range(3000, 3025))
+def test_schemas_that_tables_could_hold_too(vocabulary, seed):
+    made = document(seed)
+    guidance, rng = Guidance([json_schema(made)], vocabulary, [END]), np.random.default_rng(seed)
+    validator = jsonschema.Draft202012Validator(made, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+    least = len(guidance.start()[0].plan)
+    for budget in (least, least + 10):
+        validator.validate(json.loads(generate(guidance, vocabulary, budget, rng)[0]))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 0.25},
+        {"type": "number", "minimum": -0.25, "exclusiveMaximum": 0},
+        {"type": "number", "exclusiveMinimum": 10, "exclusiveMaximum": 10.001},
+        {"type": "number", "exclusiveMinimum": 0.1, "exclusiveMaximum": 0.100001},
+        {"type": "string", "format": "email"},
+        {"type": "string", "format": "date", "pattern": "^2|^1"},
+        {"type": "string", "pattern": r"^\D\W$|a.$"},
+    ],
+)
+def test_scalars_obey_their_bounds_and_patterns(vocabulary, made):
+    dfa = json_schema(made).dfa()
+    guidance, rng = Guidance([json_schema(made)], vocabulary, [END]), np.random.default_rng(0)
+    for _ in range(10):
+        text = generate(guidance, vocabulary, 20, rng)[0]
+        assert dfa.matches(text.encode()) or made["type"] == "number", text  # which has more digits here
+        jsonschema.validate(json.loads(text), made)
 
 
 def test_state_is_not_changed(vocabulary):

@@ -17,8 +17,32 @@ if TYPE_CHECKING:
 
 HORIZON = 1024
 """With more tokens left than this, a text is taken for one that can be completed."""
-_DEPTH, _WIDTH = 512, 24  # tokens of a completion that is searched, and states at each of them
-_NARROW = [b'"', b"}", b"]", *(bytes([c]) for c in b"0127nta:, -/.{[")]
+
+
+class _Stage(NamedTuple):
+    """How a completion is searched: with which tokens, by which signs two states count as one, and for how long.
+
+    Attributes:
+        narrow: only tokens that end JSON values, or all of one byte.
+        careful: states are the same if their last three masks are and what was read last, letters and digits aside; else
+            if their masks are.
+        width: states that are kept at each token.
+        effort: tokens that are tried, some ten microseconds each.
+    """
+
+    narrow: bool
+    careful: bool
+    width: int
+    effort: int
+
+
+_STAGES = (
+    _Stage(narrow=True, careful=False, width=24, effort=20_000),
+    _Stage(narrow=True, careful=True, width=48, effort=10_000),
+    _Stage(narrow=False, careful=False, width=256, effort=30_000),
+    _Stage(narrow=False, careful=True, width=512, effort=60_000),
+)
+_NARROW = [b'"', b"}", b"]", *(bytes([c]) for c in b"0123456789nta:, -/.@{[")]
 
 
 class Row(NamedTuple):
@@ -160,14 +184,13 @@ class Guidance:
             return None
         if room is None or room > HORIZON:
             return Row(matcher, None)
-        plan = row.plan or ()
-        if plan[:1] == (token,):
-            plan = plan[1:]
-        if not self._completes(matcher, plan):
-            found = self._search(matcher)
-            if found is None:
-                return None
-            plan = found
+        old, known = row.plan or (), len(self.vocabulary.tokens[token] or b"")
+        # What completed the text before often still does, or its rest behind as many tokens as this one has bytes.
+        first = 1 if old[:1] == (token,) else 0
+        rests = (old[skip:] for skip in range(first, min(known, len(old)) + 1))
+        plan = next((rest for rest in rests if self._completes(matcher, rest)), None) or self._search(matcher)
+        if plan is None:
+            return None
         if len(plan) > room and (found := self._search(matcher)) is not None:
             plan = min(plan, found, key=len)
         return Row(matcher, plan) if len(plan) <= room else None
@@ -180,20 +203,30 @@ class Guidance:
         return trial.validate_tokens(body) == len(body) and trial.consume_tokens(body) and trial.is_accepting()
 
     def _search(self, matcher: Any) -> tuple[int, ...] | None:
-        """Tokens that complete a text, nearly as few as there are: a level at a time, one state for each mask."""
-        for narrow in (True, False):
-            candidates = _candidates(self.vocabulary, narrow)
-            level: list[tuple[tuple[int, ...], Any]] = [((), matcher)]
-            for _ in range(_DEPTH):
-                below: dict[bytes, tuple[tuple[int, ...], Any]] = {}
-                for tokens, at in level:
-                    if at.is_accepting():
-                        return (*tokens, self.ends[0])
-                    for token in self._options(at, candidates):
-                        trial = at.deep_copy()
-                        if trial.consume_token(token):
-                            below.setdefault(trial.compute_bitmask(), ((*tokens, token), trial))
-                level = list(below.values())[:_WIDTH]
+        """Tokens that complete a text, nearly as few as there are; None if the search finds none."""
+        return next((plan for stage in _STAGES if (plan := self._search_stage(matcher, stage))), None)
+
+    def _search_stage(self, matcher: Any, stage: _Stage) -> tuple[int, ...] | None:
+        """The search level by level, where states that look the same count as one."""
+        candidates = _candidates(self.vocabulary, stage.narrow)
+        level: list[tuple[tuple[int, ...], tuple[Any, ...], Any]] = [((), (), matcher)]
+        steps = 0
+        while level and steps < stage.effort:
+            below: dict[Any, tuple[tuple[int, ...], tuple[Any, ...], Any]] = {}
+            for tokens, trace, at in level:
+                if at.is_accepting():
+                    return (*tokens, self.ends[0])
+                for token in self._options(at, candidates):
+                    trial = at.deep_copy()
+                    steps += 1
+                    if not trial.consume_token(token):
+                        continue
+                    look: tuple[Any, ...] = (trial.compute_bitmask(),)
+                    if stage.careful:
+                        text = self.vocabulary.tokens[token] or b""
+                        look = (*trace[-2:], (look[0], b"" if text.isalnum() else text))
+                    below.setdefault(look, ((*tokens, token), look, trial))
+            level = list(below.values())[: stage.width]
         return None
 
     def _options(self, matcher: Any, candidates: Sequence[int]) -> list[int]:
