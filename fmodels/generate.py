@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import programs
+from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
-from fmodels.generation.constraints import Guidance, unpack
 from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
 from fmodels.generation.strategy import Result
@@ -178,14 +178,14 @@ def _in_time(call: Call) -> Result:
     return programs.last(*call.arguments[:-1], state)
 
 
-def _with_host(call: Call, guidance: Guidance) -> Result:
+def _with_host(call: Call, guidance: constraints.Guidance) -> Result:
     """A step at a time, each with the tokens that llguidance allows on the host."""
     params, config, plan, inputs, options, key = call.arguments
     vocabulary, batch = params["embed"]["tokens"].shape[0], len(call.prompt)
     rows, left = guidance.start(), int(options.max_new_tokens)
     one, state, more = jnp.asarray(1, jnp.int32), None, True
     while more:
-        mask = unpack(jnp.asarray(guidance.mask(rows, [left] * batch)), vocabulary)
+        mask = constraints.unpack(jnp.asarray(guidance.mask(rows, [left] * batch)), vocabulary)
         now = options._replace(mask=mask)
         if state is None:
             state, _, newest = programs.first(params, config, plan, inputs, now, key)

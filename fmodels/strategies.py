@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from fmodels import tree
 from fmodels.generation.beams import beam_search
 from fmodels.generation.config import GenerationConfig
-from fmodels.generation.contrastive import contrastive
-from fmodels.generation.dola import dola
 from fmodels.generation.running import STOPPING
 from fmodels.generation.sample import sample
 from fmodels.generation.speculative import by_draft, by_ngrams
@@ -24,8 +22,6 @@ from fmodels.types import Params
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sample": sample,
     "beams": beam_search,
-    "contrastive": contrastive,
-    "dola": dola,
     "ngrams": by_ngrams,
     "draft": by_draft,
 }
@@ -67,12 +63,9 @@ def choose(
             raise ValueError(f"generate: {name}={value!r} needs num_beams above 1")
     asked = _asked(first, rows, draft, beams)
     if beams > 1:
-        return _beams(first, sequences, beams, eos)
-    if asked == "penalty_alpha":
-        settings = {"top_k": min(_top_k(rows), vocabulary)}
-        return "contrastive", 1, tuple(settings.items()), {"alpha": jnp.asarray(first.penalty_alpha, jnp.float32)}
-    if asked == "dola_layers":
-        return "dola", sequences, (("layers", _dola_layers(params, config, first)), ("hidden_states", True)), {}
+        return _beams(rows, sequences, beams, eos, vocabulary)
+    if asked in ("penalty_alpha", "dola_layers"):
+        raise NotImplementedError(f"generate: {asked} is not supported yet; leave it out")
     if asked == "prompt_lookup_num_tokens":
         settings = {"tokens": first.prompt_lookup_num_tokens, "size": first.max_matching_ngram_size, "ngrams": True}
         return "ngrams", sequences, tuple(settings.items()), {}
@@ -120,28 +113,6 @@ def _top_k(rows: Sequence[GenerationConfig]) -> int:
     return values.pop()
 
 
-def _dola_layers(params: Params, config: Config, first: GenerationConfig) -> tuple[int, ...]:
-    """The candidates, by transformers' rules."""
-    if config.task == "seq2seq-lm":
-        raise ValueError("generate: dola_layers is for models without an encoder")
-    if first.guidance_scale not in (None, 1):
-        raise ValueError("generate: dola_layers contrasts with a layer, guidance_scale with a text; leave one out")
-    depth = _depth(tree.get(params, "layers"))
-    start = 0 if tree.has(params, "lm_head.weight") else 2 if depth > 2 else 1 if depth == 2 else 0
-    layers = first.dola_layers
-    if layers == "low":
-        half = depth // 2 if depth <= 40 else 20
-        found = (start,) if start == depth // 2 else tuple(range(start, half, 2))
-    elif layers == "high":
-        found = tuple(range(depth // 2 if depth <= 40 else depth - 20, depth, 2))
-    else:
-        assert isinstance(layers, tuple)
-        found = tuple(layer for layer in layers if layer < depth)
-    if not found:
-        raise ValueError(f"generate: dola_layers={layers!r} leaves none of {depth} layers; give a list of layers")
-    return found
-
-
 def _check_draft(draft: tuple[Params, Config], config: Config, vocabulary: int) -> None:
     params, other = draft
     if other.task not in LM_TASKS or other.task == "masked-lm" or not getattr(other, "causal", True):
@@ -178,12 +149,30 @@ def _depth(layers: Any) -> int:
     return jax.tree.leaves(layers)[0].shape[0] if isinstance(layers, Mapping) else len(layers)
 
 
-def _beams(options: GenerationConfig, sequences: int, beams: int, eos: Sequence[int]) -> Choice:
+def _beams(rows: Sequence[GenerationConfig], sequences: int, beams: int, eos: Sequence[int], vocabulary: int) -> Choice:
     """The searches with beams."""
+    first = rows[0]
     settings: dict[str, Any] = {"beams": beams, "ends": len(eos)}
-    penalty = 1.0 if options.length_penalty is None else options.length_penalty
-    arrays = {
+    penalty = 1.0 if first.length_penalty is None else first.length_penalty
+    arrays: dict[str, Any] = {
         "length_penalty": jnp.asarray(penalty, jnp.float32),
-        "early_stopping": jnp.asarray(STOPPING[options.early_stopping or False], jnp.int32),
+        "early_stopping": jnp.asarray(STOPPING[first.early_stopping or False], jnp.int32),
     }
+    groups, diversity, sampled = first.num_beam_groups or 1, first.diversity_penalty or 0.0, [r.do_sample for r in rows]
+    if first.force_words_ids:
+        if any(sampled) or groups > 1 or diversity:
+            raise ValueError(
+                "generate: force_words_ids does not go with do_sample, num_beam_groups or diversity_penalty"
+            )
+        raise NotImplementedError("generate: force_words_ids is not supported yet; leave it out")
+    if groups > 1 or diversity:
+        if any(sampled):
+            raise ValueError(
+                "generate: groups of beams do not go with do_sample; leave num_beam_groups or do_sample out"
+            )
+        if groups == 1 or beams % groups:
+            raise ValueError(f"generate: num_beam_groups={groups} must be above 1 and divide num_beams={beams}")
+        if not diversity:
+            raise ValueError("generate: without a diversity_penalty above 0 all groups of beams would be the same")
+        raise NotImplementedError("generate: num_beam_groups is not supported yet; leave it out")
     return "beams", sequences, tuple(settings.items()), arrays

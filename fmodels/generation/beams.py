@@ -22,7 +22,8 @@ from fmodels.generation.running import (
     best_by_length,
     by_length,
     extend,
-    log_probabilities,
+    processed,
+    record,
     repeat_output,
     result,
     rows_of,
@@ -111,17 +112,21 @@ def beam_search(
 
     def choose(state: State, out: Output) -> State:
         running = state.running
-        logprobs, running = log_probabilities(out, running, options, processors, ask, keep=max(2, 1 + ends), room=room)
+        assert out.logits is not None
+        logprobs = jax.nn.log_softmax(out.logits[:, -1], axis=-1)
+        logprobs = processed(logprobs, running.history, options, processors, keep=max(2, 1 + ends))
+        running = record(running, ask, out, logprobs, room)
         scores, index = pick(state, logprobs)
         parent, token = jnp.divmod(index, logprobs.shape[1])
-        history, hits = follow(running.history, parent, token)
-        trail = extend(running, parent, token, logprobs)
+        row = rows_of(parent, k)
+        history, hits = follow(running.history, row, token)
+        trail = extend(running.trail, parent, token, logprobs[row, token], row)
 
         state = settle(state, trail, scores, hits & (jnp.arange(candidates) < k)[None])
         scores, place = jax.lax.top_k(jnp.where(hits, scores + LOW, scores), k)
         running = running._replace(
-            history=said.take_rows(history, rows_of(place, candidates)),
-            parents=rows_of(take(parent, place), k),
+            history=said.take_rows(history, rows_of(place, candidates).reshape(-1)),
+            parents=take(row, place).reshape(-1),
             trail=take(trail, place),
             scores=scores,
             steps=running.steps + 1,
@@ -147,9 +152,9 @@ def beam_search(
 
         return jax.lax.cond(rows.sample.any(), drawn, likeliest)
 
-    def follow(history: History, parent: Array, token: Array) -> tuple[History, Array]:
+    def follow(history: History, row: Array, token: Array) -> tuple[History, Array]:
         """The histories of the candidates, and `(b candidates)` which of them end."""
-        history = said.take_rows(history, rows_of(parent, k))
+        history = said.take_rows(history, row.reshape(-1))
         history = said.append(history, token.reshape(-1), jnp.ones(token.size, bool), options.automata)
         hits = is_end(token.reshape(-1), options.eos) | stopped(history, options, stops)
         return history, (hits | (history.new >= options.max_new_tokens)).reshape(token.shape)

@@ -111,39 +111,33 @@ def advance(model: Model, running: Running, ask: Ask) -> tuple[Running, Output]:
     return running._replace(cache=out.cache), out
 
 
-def log_probabilities(
-    out: Output,
-    running: Running,
-    options: Options,
-    processors: Sequence[Processor],
-    ask: Ask,
-    *,
-    keep: int,
-    room: int,
-) -> tuple[Array, Running]:
-    """The processed log-probabilities `(b·k v)`, and the beams with what is to be kept of them.
+def processed(
+    logprobs: Array, history: History, options: Options, processors: Sequence[Processor], *, keep: int
+) -> Array:
+    """Log-probabilities `(r v)` after all logits functions, in rows that sample after the cuts too.
 
     Args:
-        out: of the decode step.
-        running: the beams before their next token.
-        options: a row for each beam.
+        logprobs: of the model.
+        history: of the same rows.
+        options: a row for each.
         processors: logits functions of the user's.
-        ask: what to keep.
-        keep: how many tokens the cuts of sampling leave at least.
-        room: columns for new tokens.
+        keep: how many tokens the cuts leave at least.
     """
-    assert out.logits is not None
-    raw = out.logits[:, -1]
     rows = options.rows
-    logprobs = process(jax.nn.log_softmax(raw, axis=-1), running.history, options, processors)
+    logprobs = process(logprobs, history, options, processors)
 
     def warped() -> Array:
         return jnp.where(rows.sample[:, None], warp_logits(logprobs, rows.warp, keep=keep), logprobs)
 
-    logprobs = renormalize(jax.lax.cond(rows.sample.any(), warped, lambda: logprobs), options)
+    return renormalize(jax.lax.cond(rows.sample.any(), warped, lambda: logprobs), options)
+
+
+def record(running: Running, ask: Ask, out: Output, logprobs: Array, room: int) -> Running:
+    """The beams with what is to be kept of a step; `logprobs` `(b·k v)` are processed."""
+    assert out.logits is not None
     new: dict[str, Array] = {}
     if ask.logits:
-        new["logits"] = raw
+        new["logits"] = out.logits[:, -1]
     if ask.scores:
         new["scores"] = logprobs
     if ask.top_logprobs:
@@ -151,39 +145,37 @@ def log_probabilities(
         new.update(top_logprobs=values, top_tokens=tokens.astype(jnp.int32))
     if ask.hidden_states and out.hidden_states is not None:
         new["hidden_states"] = out.hidden_states[:, :, -1].swapaxes(0, 1)
-    kept = {
-        name: put(running.kept.get(name, jnp.zeros((len(x), room, *x.shape[1:]), x.dtype)), x, running.steps)
-        for name, x in new.items()
-    }
-    return logprobs, running._replace(kept=kept)
+    kept = {}
+    for name, x in new.items():
+        buffer = running.kept.get(name)
+        buffer = jnp.zeros((x.shape[0], room, *x.shape[1:]), x.dtype) if buffer is None else buffer
+        kept[name] = jax.lax.dynamic_update_index_in_dim(buffer, x, running.steps, axis=1)
+    return running._replace(kept=kept)
 
 
-def put(buffer: Array, value: Array, column: Array) -> Array:
-    """Writes `(r …)` into a column of `(r n …)`."""
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, column, axis=1)
+def extend(trail: Trail, parent: Array, token: Array, logprob: Array, row: Array) -> Trail:
+    """The texts of candidates, `(b m)` each.
 
-
-def extend(running: Running, parent: Array, token: Array, logprobs: Array) -> Trail:
-    """The texts of candidates: those of `parent` `(b m)`, places among the beams, with one `token` `(b m)` more."""
-    batch, beams = running.scores.shape
-    rows = rows_of(parent, beams)
-    trail = take(running.trail, parent)
-
-    def put_last(buffer: Array, value: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(buffer, value.reshape(batch, -1), running.steps, axis=2)
-
+    Args:
+        trail: of the beams, all of one length.
+        parent: place of the beam that each goes on from.
+        token: that it goes on with.
+        logprob: what this adds to the score.
+        row: of the logits.
+    """
+    old = take(trail, parent)
+    last = jnp.arange(old.tokens.shape[-1])[None, None] == old.length[..., None]
     return Trail(
-        tokens=put_last(trail.tokens, token),
-        logprobs=put_last(trail.logprobs, logprobs[rows, token.reshape(-1)]),
-        indices=put_last(trail.indices, rows),
-        length=trail.length + 1,
+        tokens=jnp.where(last, token[..., None], old.tokens),
+        logprobs=jnp.where(last, logprob[..., None], old.logprobs),
+        indices=jnp.where(last, row[..., None], old.indices),
+        length=old.length + 1,
     )
 
 
 def rows_of(place: Array, width: int) -> Array:
-    """`(b m)` places among the `width` rows of each prompt, as `(b·m)` numbers of rows."""
-    first = jnp.arange(place.shape[0], dtype=jnp.int32)[:, None] * width
-    return (place.astype(jnp.int32) + first).reshape(-1)
+    """`(b m)` places among the `width` rows of each prompt, as numbers of rows."""
+    return place.astype(jnp.int32) + jnp.arange(place.shape[0], dtype=jnp.int32)[:, None] * width
 
 
 def take(tree: T, place: Array) -> T:
