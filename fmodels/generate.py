@@ -44,9 +44,8 @@ def generate(
 ) -> Generated:
     """Continues prompts, by the strategy that the options name, as in transformers.
 
-    Greedy and sampling; beam search and beam sampling (`num_beams`), diverse beams (`num_beam_groups`), beams with phrases
-    (`force_words_ids`); contrastive search (`penalty_alpha`), DoLa (`dola_layers`); speculation by n-grams
-    (`prompt_lookup_num_tokens`), by the first layers (`assistant_early_exit`) or by a smaller model (`draft`).
+    Greedy and sampling; beam search and beam sampling (`num_beams`); speculation by n-grams (`prompt_lookup_num_tokens`), by
+    the first layers (`assistant_early_exit`) or by a smaller model (`draft`).
 
     Prefill and the whole loop are one XLA program. Prompt lengths and `max_new_tokens` are rounded up to buckets, and
     options are traced, so that calls in the same buckets compile once. Padding on either side changes no token.
@@ -89,8 +88,7 @@ def generate(
         >>> fm.generate(params, config, [[300, 301]], max_new_tokens=3).tokens.shape
         (1, 5)
 
-    Source: matches transformers 5's `GenerationMixin.generate` token for token when it does not sample, and 4.55's in what 5
-    has no more.
+    Source: matches transformers 5's `GenerationMixin.generate` token for token when it does not sample.
     """
     call = prepare(
         params, config, tokens, mask, max_new_tokens, key, options, decoder_tokens, decoder_mask, negative_tokens,
