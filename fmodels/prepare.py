@@ -104,6 +104,8 @@ def prepare(
     read, present = _check_prompt(params, tokens, mask, "tokens")
     rows = _rows(config, options, read.shape[0])
     first = rows[0]
+    if first.output_attentions:
+        raise NotImplementedError("generate: output_attentions is not supported yet; leave it out")
     eos = first.eos_token_ids or config.eos_token_ids
     pad = first.pad_token_id if first.pad_token_id is not None else config.pad_token_id
     present = _present(read, present, pad, eos)
