@@ -21,9 +21,10 @@ Per model a folder with a tiny checkpoint (`config.json`, `model.safetensors`; t
 - `step_scores`, for the other two: at each new token the processed score that it was chosen with (contrastive search:
   its logit before the softmax), null after a row's end.
 
-Prompts are drawn until the answer is worth keeping: it is the same under slightly other weights (so no tie of rounding
-decides), differs from what the plain strategy gives, and ends at different lengths where an end token
-is given. The same seeds give the same bytes.
+Prompts (and the words of constraints, from those that the model likes) are drawn until the answer is worth keeping: it
+is the same under slightly other weights (so no tie of rounding decides) and differs from what the plain strategy gives;
+where an end token is given, rows end at different lengths, and of constraints at least one row a prompt fulfils all. The
+last two are waived after a few draws: transformers itself often finds nothing better. The same seeds give the same bytes.
 """
 
 from __future__ import annotations
