@@ -130,7 +130,7 @@ def test_cached_decode_of_pairs(case, name, rows):
             assert np.abs(np.concatenate(parts, 1) - want)[real].max() < 1e-5
 
 
-@pytest.mark.parametrize("name", SEQ2SEQ[:2])
+@pytest.mark.parametrize("name", PAIRS)
 def test_cached_rows_at_different_places(case, name):
     """A row that is behind in its cache counts distances, and places, from where it is."""
     loaded = case(name)
