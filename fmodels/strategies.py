@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from fmodels import tree
 from fmodels.generation.beams import beam_search
 from fmodels.generation.config import GenerationConfig
+from fmodels.generation.contrastive import contrastive
+from fmodels.generation.dola import dola
 from fmodels.generation.running import STOPPING
 from fmodels.generation.sample import sample
 from fmodels.generation.speculative import by_draft, by_ngrams
@@ -22,6 +24,8 @@ from fmodels.types import Params
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sample": sample,
     "beams": beam_search,
+    "contrastive": contrastive,
+    "dola": dola,
     "ngrams": by_ngrams,
     "draft": by_draft,
 }
@@ -64,8 +68,11 @@ def choose(
     asked = _asked(first, rows, draft, beams)
     if beams > 1:
         return _beams(rows, sequences, beams, eos, vocabulary)
-    if asked in ("penalty_alpha", "dola_layers"):
-        raise NotImplementedError(f"generate: {asked} is not supported yet; leave it out")
+    if asked == "penalty_alpha":
+        settings = {"top_k": min(_top_k(rows), vocabulary)}
+        return "contrastive", 1, tuple(settings.items()), {"alpha": jnp.asarray(first.penalty_alpha, jnp.float32)}
+    if asked == "dola_layers":
+        return "dola", sequences, (("layers", _dola_layers(params, config, first)), ("hidden_states", True)), {}
     if asked == "prompt_lookup_num_tokens":
         settings = {"tokens": first.prompt_lookup_num_tokens, "size": first.max_matching_ngram_size, "ngrams": True}
         return "ngrams", sequences, tuple(settings.items()), {}
@@ -111,6 +118,28 @@ def _top_k(rows: Sequence[GenerationConfig]) -> int:
     if len(values) > 1:
         raise ValueError(f"generate: with penalty_alpha, top_k must be the same for all rows; got {sorted(values)}")
     return values.pop()
+
+
+def _dola_layers(params: Params, config: Config, first: GenerationConfig) -> tuple[int, ...]:
+    """The candidates, by transformers' rules; it leaves out numbers of a list that are no layer before the last."""
+    if config.task == "seq2seq-lm":
+        raise ValueError("generate: dola_layers is for models without an encoder")
+    if first.guidance_scale not in (None, 1):
+        raise ValueError("generate: dola_layers contrasts with a layer, guidance_scale with a text; leave one out")
+    depth = _depth(tree.get(params, "layers"))
+    start = 0 if tree.has(params, "lm_head.weight") else 2 if depth > 2 else 1 if depth == 2 else 0
+    layers = first.dola_layers
+    if layers == "low":
+        half = depth // 2 if depth <= 40 else 20
+        found = (start,) if start == depth // 2 else tuple(range(start, half, 2))
+    elif layers == "high":
+        found = tuple(range(depth // 2 if depth <= 40 else depth - 20, depth, 2))
+    else:
+        assert isinstance(layers, tuple)
+        found = tuple(layer for layer in layers if layer < depth)
+    if not found:
+        raise ValueError(f"generate: dola_layers={layers!r} leaves none of {depth} layers; give a list of layers")
+    return found
 
 
 def _check_draft(draft: tuple[Params, Config], config: Config, vocabulary: int) -> None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from fmodels.generation.options import Options
 from fmodels.generation.sample import sample
-from fmodels.generation.strategy import Model, Strategy
-from fmodels.types import Array, Output
+from fmodels.generation.strategy import Model, Result, Strategy
+from fmodels.types import Array, Cache, Output
 
 RELATIVE_TOP = 0.1
 """Tokens less likely than the likeliest by more than this factor are dropped."""
@@ -21,7 +21,8 @@ def dola(model: Model, options: Options, *, layers: tuple[int, ...], **rest: Any
     """`sample` with logits `log p - log q`, where `q` is what an earlier layer would say, through the final head.
 
     Of several layers the one whose distribution is farthest from the last layer's is taken, by the mean of the divergence
-    over the rows of the batch.
+    over the rows of the batch. So rows depend on each other; those that have ended go on to read their end token and pads
+    after it, and to count.
 
     Args:
         model: bound.
@@ -29,33 +30,39 @@ def dola(model: Model, options: Options, *, layers: tuple[int, ...], **rest: Any
         layers: candidates: the hidden state before layer `i` is read; static.
         rest: what `sample` takes.
 
-    Source: Chuang et al. 2023; matches transformers 4.55's `_dola_decoding`, in whose mean rows that have ended go on to
-    count.
+    Source: Chuang et al. 2023; matches transformers 4.55's `_dola_decoding`.
     """
 
-    def read(out: Output, alive: Array) -> Array:
+    def read(out: Output) -> Array:
         assert out.logits is not None and out.hidden_states is not None
         early = out.hidden_states[jnp.asarray(layers), :, -1]
-        return contrast(out.logits[:, -1], model.head(early), alive)
+        return contrast(out.logits[:, -1], model.head(early))
 
-    return sample(model, options, read=read, **rest)
+    def decode(tokens: Array, positions: Array, cache: Cache, mask: Array | None = None, **want: Any) -> Output:
+        there = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+        return model.decode(jnp.where(there == positions, tokens, options.pad), there, cache, **want)
+
+    def finish(state: Any) -> Result:
+        result, cache = strategy.finish(state), state.cache
+        said = jnp.cumsum(cache.mask, axis=-1) < state.history.length[:, None]
+        return result._replace(cache=cache._replace(mask=cache.mask & said))
+
+    strategy = sample(model._replace(decode=decode), options, read=read, **rest)
+    return strategy._replace(finish=finish)
 
 
-def contrast(last: Array, early: Array, alive: Array) -> Array:
+def contrast(last: Array, early: Array) -> Array:
     """The contrasted logits.
 
     Args:
         last: `(b v)`, the logits.
         early: `(n b v)`, the logits of the candidates.
-        alive: `(b)` bool, rows that have a say in which candidate is taken.
 
     Returns:
         `(b v)` float32, `-inf` where a token is dropped.
     """
     mature = jax.nn.log_softmax(last, axis=-1)
-    chosen = early[0]
-    if early.shape[0] > 1:
-        chosen = early[jnp.argmax(jnp.where(alive[None], _divergence(mature, early), 0.0).sum(-1))]
+    chosen = early[0] if early.shape[0] == 1 else early[jnp.argmax(_divergence(mature, early).mean(-1))]
     base = jax.nn.log_softmax(chosen, axis=-1)
     limit = mature.max(-1, keepdims=True) + math.log(RELATIVE_TOP)
     return jnp.where(mature < limit, -jnp.inf, mature - base)

@@ -19,8 +19,8 @@ from fmodels.types import Array, Cache, Key, Output
 Predicate = Callable[[History], Array]
 """A stopping criterion of the user's: the `History` to `(b)` bool, True where a row shall end."""
 
-Read = Callable[[Output, Array], Array]
-"""An `Output` with `hidden_states` and which rows have not ended `(b)` to the logits `(b v)` that stand for it."""
+Read = Callable[[Output], Array]
+"""The logits `(b v)` that stand for an `Output` with `hidden_states`."""
 
 
 class Ask(NamedTuple):
@@ -129,7 +129,7 @@ def sample(
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
         raw = out.logits[:, -1]
-        logits = process(raw if read is None else read(out, ~state.done), state.history, options, processors)
+        logits = process(raw if read is None else read(out), state.history, options, processors)
         alive = ~state.done
         token, logprob = pick(logits, state.history, options, state.keys)
         history = said.append(state.history, token, alive, options.automata)
