@@ -128,6 +128,10 @@ def prepare(
     strategy, sequences, settings, extra = strategies.choose(
         params, config, rows, draft=draft, vocabulary=vocabulary, eos=eos, count=count
     )
+    if keep_cache and strategy in strategies.BEAMS:
+        raise ValueError(
+            "generate: texts that beams have found leave no cache behind; leave keep_cache or num_beams out"
+        )
     inputs = Inputs(
         *_left(fed, fed_mask, _table(params, config)),
         text=_left(prompt, present, None) if prefix is not None else None,

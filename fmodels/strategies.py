@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from fmodels import tree
 from fmodels.generation.beams import beam_search
 from fmodels.generation.config import GenerationConfig
+from fmodels.generation.constrained_beams import constrained_beam_search
 from fmodels.generation.contrastive import contrastive
 from fmodels.generation.dola import dola
+from fmodels.generation.group_beams import group_beam_search
+from fmodels.generation.phrases import compile_phrases
 from fmodels.generation.running import STOPPING
 from fmodels.generation.sample import sample
 from fmodels.generation.speculative import by_draft, by_ngrams
@@ -24,12 +27,17 @@ from fmodels.types import Params
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "sample": sample,
     "beams": beam_search,
+    "group-beams": group_beam_search,
+    "constrained-beams": constrained_beam_search,
     "contrastive": contrastive,
     "dola": dola,
     "ngrams": by_ngrams,
     "draft": by_draft,
 }
 """Name -> `make(model, options, *, room, sequences, processors, stops, ask, **settings) -> Strategy`."""
+
+BEAMS = ("beams", "group-beams", "constrained-beams")
+"""Those that search, so that no row of the cache is that of a text that is returned."""
 
 Choice = tuple[str, int, tuple[tuple[str, Any], ...], dict[str, Any]]
 """Name, rows returned for each prompt, static settings, arrays."""
@@ -193,7 +201,8 @@ def _beams(rows: Sequence[GenerationConfig], sequences: int, beams: int, eos: Se
             raise ValueError(
                 "generate: force_words_ids does not go with do_sample, num_beam_groups or diversity_penalty"
             )
-        raise NotImplementedError("generate: force_words_ids is not supported yet; leave it out")
+        arrays["phrases"], settings["widest"] = compile_phrases(first.force_words_ids, vocabulary)
+        return "constrained-beams", sequences, tuple(settings.items()), arrays
     if groups > 1 or diversity:
         if any(sampled):
             raise ValueError(
@@ -203,5 +212,6 @@ def _beams(rows: Sequence[GenerationConfig], sequences: int, beams: int, eos: Se
             raise ValueError(f"generate: num_beam_groups={groups} must be above 1 and divide num_beams={beams}")
         if not diversity:
             raise ValueError("generate: without a diversity_penalty above 0 all groups of beams would be the same")
-        raise NotImplementedError("generate: num_beam_groups is not supported yet; leave it out")
+        settings["groups"], arrays["diversity_penalty"] = groups, jnp.asarray(diversity, jnp.float32)
+        return "group-beams", sequences, tuple(settings.items()), arrays
     return "beams", sequences, tuple(settings.items()), arrays

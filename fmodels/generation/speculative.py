@@ -33,13 +33,14 @@ class Proposer(NamedTuple):
     """What guesses the next tokens.
 
     Attributes:
-        ahead: how many at a time.
+        widths: how many it may guess at a time, ascending; the model is compiled for each.
         init: the history of the prompts, a row for each, to a state with a row for each.
         repeat: `(state, times)`: a state with each row so many times.
-        propose: `(state, history, options, keys (b)) -> (tokens (b count) int32, state)`; -1 is no guess.
+        propose: `(state, history, options, keys (b)) -> (tokens (b n) int32, state)`, `n` the largest of `widths`; -1 is no
+            guess, and none comes after it.
     """
 
-    ahead: int
+    widths: tuple[int, ...]
     init: Callable[[History], Any]
     repeat: Callable[[Any, int], Any]
     propose: Callable[[Any, History, Options, Key], tuple[Array, Any]]
@@ -95,7 +96,7 @@ def speculative(
         ask: what to keep of each token.
     """
     options = options.repeat(sequences)
-    ahead = proposer.ahead
+    ahead = proposer.widths[-1]
     want = {"hidden_states": True} if ask.hidden_states else {}
 
     def init(start: Start) -> State:
@@ -122,17 +123,8 @@ def speculative(
     def step(state: State) -> State:
         history = state.history
         guesses, proposed = proposer.propose(state.proposer, history, options, state.keys)
-        places = (history.length - 1)[:, None] + jnp.arange(ahead + 1, dtype=jnp.int32)[None]
-        out = model.decode(
-            jnp.concatenate([history.last[:, None], jnp.maximum(guesses, 0)], axis=1),
-            within(places, model.max_positions),
-            state.cache,
-            **want,
-        )
-        assert out.logits is not None and out.cache is not None
-        logits, states = out.logits, out.hidden_states
-        last = jnp.full((guesses.shape[0], 1), -1, jnp.int32)
-        guesses = jnp.concatenate([guesses, last], axis=1)
+        logits, states, cache = read(history, jnp.where(state.done[:, None], -1, guesses), state.cache)
+        guesses = jnp.pad(guesses, ((0, 0), (0, 1)), constant_values=-1)
 
         def check(carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
             place, holds, state = carry
@@ -142,10 +134,44 @@ def speculative(
             state, token = take(state, holds, raw, here)
             return place + 1, holds & ~state.done & (token == guess), state
 
-        begin = (jnp.zeros((), jnp.int32), ~state.done, state._replace(cache=out.cache, proposer=proposed))
+        begin = (jnp.zeros((), jnp.int32), ~state.done, state._replace(cache=cache, proposer=proposed))
         _, _, new = jax.lax.while_loop(lambda carry: carry[1].any(), check, begin)
         cache = keep_first(new.cache, state.cache, new.history.end - history.end)
         return new._replace(cache=cache, step=state.step + 1)
+
+    def read(history: History, guesses: Array, cache: Cache) -> tuple[Array, Array | None, Cache]:
+        """Logits, hidden states and cache after the newest token and the guesses, with no more of them than there are."""
+        tokens = jnp.concatenate([history.last[:, None], jnp.maximum(guesses, 0)], axis=1)
+        places = (history.length - 1)[:, None] + jnp.arange(ahead + 1, dtype=jnp.int32)[None]
+        places = within(places, model.max_positions)
+
+        def first(width: int) -> Callable[[Cache], tuple[Array, Array | None, Cache]]:
+            def decode(cache: Cache) -> tuple[Array, Array | None, Cache]:
+                out = model.decode(tokens[:, : width + 1], places[:, : width + 1], cache, **want)
+                assert out.logits is not None and out.cache is not None
+                more, states = (0, ahead - width), out.hidden_states
+                if states is not None:
+                    states = jnp.pad(states, ((0, 0), (0, 0), more, (0, 0)))
+                return jnp.pad(out.logits, ((0, 0), more, (0, 0))), states, out.cache
+
+            return decode
+
+        if len(proposer.widths) == 1:
+            return first(ahead)(cache)
+        count = (guesses >= 0).sum(-1, dtype=jnp.int32).max()
+        which = (jnp.asarray(proposer.widths[:-1]) < count).sum(dtype=jnp.int32)
+        shapes = jax.eval_shape(first(ahead), cache)
+        logits, states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+        found = (logits, states, cache)
+        # Loops that run once or not at all: XLA's CPU backend copies a whole cache for each branch of a switch.
+        for place, width in enumerate(proposer.widths):
+            decode = first(width)
+            _, found = jax.lax.while_loop(
+                lambda carry, place=place: carry[0] == place,
+                lambda carry, decode=decode: (jnp.full((), -1, jnp.int32), decode(carry[1][2])),
+                (which, found),
+            )
+        return found
 
     def take(state: State, alive: Array, raw: Array, states: Array | None) -> tuple[State, Array]:
         """The state with another token in the rows that are `alive`, and that token."""
@@ -181,30 +207,41 @@ def speculative(
     return Strategy(init, step, more, finish, lambda state: state.history.last)
 
 
+NARROW = (0, 3, 7)
+"""Numbers of guesses for which there is a program besides the largest: a block of 8 tokens takes a CPU three times as long
+as one token, a block of 4 half as long as that."""
+
+
 def ngrams(*, count: int, size: int | None = None) -> Proposer:
     """Guesses that the text goes on as it did where its end occurred before.
 
+    No more tokens are guessed than have matched, rounded up to a width for which there is a program; a text without a match
+    costs what it does without guesses.
+
     Args:
-        count: how many tokens at a time.
+        count: how many tokens at a time at most.
         size: how many tokens at the end count; all of them if None.
 
     Source: Saxena 2023 (prompt lookup); matches transformers' `PromptLookupCandidateGenerator` in the place that it takes:
-    after the longest end, and after the first of several; but where the text stops there, it goes on in circles.
+    after the longest end, and after the first of several; but where the text stops there, it goes on in circles. How many:
+    Oliaro et al. 2024 (SuffixDecoding).
     """
+    widths = (*(width for width in NARROW if width < count), count)
 
     def propose(state: Any, history: History, options: Options, keys: Key) -> tuple[Array, Any]:
         assert history.match is not None
         column = jnp.arange(history.tokens.shape[1], dtype=jnp.int32)[None]
         inside = (column > history.start[:, None]) & (column < history.end[:, None])
-        match = history.match if size is None else jnp.minimum(history.match, size)
-        match = jnp.where(inside, match, 0)
-        place = jnp.argmax(match, axis=-1).astype(jnp.int32)[:, None]
+        match = jnp.where(inside, history.match, 0)
+        place = jnp.argmax(match if size is None else jnp.minimum(match, size), axis=-1).astype(jnp.int32)[:, None]
+        matched = jnp.take_along_axis(match, place, axis=1)
+        wanted = jnp.asarray(widths)[(jnp.asarray(widths[:-1])[None] < matched).sum(-1)]
         period = jnp.maximum(history.end[:, None] - place, 1)
-        columns = place + jnp.arange(count, dtype=jnp.int32)[None] % period
-        guesses = jnp.take_along_axis(history.tokens, columns, axis=1)
-        return jnp.where(match.max(-1, keepdims=True) > 0, guesses, -1), state
+        ahead = jnp.arange(count, dtype=jnp.int32)[None]
+        guesses = jnp.take_along_axis(history.tokens, place + ahead % period, axis=1)
+        return jnp.where(ahead < wanted[:, None], guesses, -1), state
 
-    return Proposer(count, lambda history: (), lambda state, times: state, propose)
+    return Proposer(widths, lambda history: (), lambda state, times: state, propose)
 
 
 def drafts(model: Model, *, count: int, room: int, processors: Sequence[Processor] = ()) -> Proposer:
@@ -249,7 +286,7 @@ def drafts(model: Model, *, count: int, room: int, processors: Sequence[Processo
         _, last = guess(*carry[1:])
         return jnp.concatenate([guesses.swapaxes(0, 1), last[:, None]], axis=1), carry[0]
 
-    return Proposer(count, init, repeat_rows, propose)
+    return Proposer((count,), init, repeat_rows, propose)
 
 
 def by_ngrams(model: Model, options: Options, *, tokens: int, size: int | None = None, **rest: Any) -> Strategy:

@@ -103,13 +103,22 @@ def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
 
 
 def _write_rows(array: Array, new: Array, slot: Slot) -> Array:
-    """`array` with `new` `(b g t k)` written from `slot.start` `(b)` on, each row at its own place."""
-    b, g, t, _ = new.shape
-    rows = jnp.arange(b)[:, None, None]
-    groups = jnp.arange(g)[None, :, None]
-    places = slot.start[:, None, None] + jnp.arange(t, dtype=jnp.int32)[None, None, :]
-    where = array.at[rows, groups, places] if slot.layer is None else array.at[slot.layer, rows, groups, places]
-    return where.set(new, mode="drop", unique_indices=True)
+    """`array` with `new` `(b g t k)` written from `slot.start` `(b)` on, each row at its own place.
+
+    A row is one window of a scatter: XLA's CPU backend takes a step of a loop for each. A window that reaches beyond the
+    end is moved back to it: that of a row that has ended.
+    """
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)
+    places, axes = [rows, slot.start], (0, 2)
+    if slot.layer is not None:
+        places, axes = [jnp.full_like(rows, slot.layer), *places], (0, 1, 3)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=axes[:-1], scatter_dims_to_operand_dims=axes
+    )
+    return jax.lax.scatter(
+        array, jnp.stack(places, axis=1), new, numbers,
+        indices_are_sorted=True, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP,
+    )  # fmt: skip
 
 
 def extend(cache: Cache, present: Array) -> Cache:
@@ -117,8 +126,9 @@ def extend(cache: Cache, present: Array) -> Cache:
     zero = jnp.zeros((), jnp.int32)
     t = present.shape[1]
     if cache.length.ndim:
-        places = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        mask = cache.mask.at[jnp.arange(present.shape[0])[:, None], places].set(present, mode="drop")
+        since = jnp.arange(cache.mask.shape[1], dtype=jnp.int32)[None] - cache.length[:, None]
+        new = jnp.take_along_axis(present, jnp.clip(since, 0, t - 1), axis=1)
+        mask = jnp.where((since >= 0) & (since < t), new, cache.mask)
     else:
         mask = jax.lax.dynamic_update_slice(cache.mask, present, (zero, cache.length))
     return cache._replace(mask=mask, length=cache.length + t)

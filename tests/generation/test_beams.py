@@ -25,7 +25,7 @@ SAME_PROGRAM = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("gpt2", 1.0), ("gpt2", 5.0), ("llama", 1.0), ("llama", 5.0)], ids=str)
+@pytest.fixture(scope="module", params=[("gpt2", 1.0), ("llama", 1.0), ("llama", 5.0)], ids=str)
 def models(request):
     name, peaked = request.param
     return pair(name, peaked=peaked)
@@ -71,7 +71,7 @@ PROCESSED = {
 
 def test_processors_see_log_probabilities_as_in_transformers(models):
     ends = likely(models[0], 2)
-    for seed in range(3):
+    for seed in range(2):
         tokens, mask = prompts(2, 8, seed)
         compare(models, tokens, mask, eos_token_id=ends[0], forced_eos_token_id=ends[0], **PROCESSED)
 
@@ -242,3 +242,5 @@ def test_what_contradicts_itself_raises(llama):
             ours(params, config, tokens, mask, max_new_tokens=4, key=jax.random.key(0), **options)
     with pytest.raises(ValueError, match="stream: beams does not make a token"):
         fm.stream(params, config, tokens, options=fm.GenerationConfig(num_beams=2))
+    with pytest.raises(ValueError, match="leave no cache behind"):
+        fm.generate(params, config, tokens, options=fm.GenerationConfig(num_beams=2), keep_cache=True)
