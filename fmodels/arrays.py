@@ -67,9 +67,10 @@ def _few_rows(rows: Array, matrix: Array) -> Array:
     """`_product` in the form that is fastest on CPU for few rows; the same sums."""
     outputs, inputs = matrix.shape
     flat = rows.reshape(-1, inputs)
-    if flat.shape[0] > 1:
-        # The barrier keeps XLA from turning the product around again.
-        product = jax.lax.optimization_barrier(_product(matrix, flat)).T
+    if (count := flat.shape[0]) > 1:
+        # Whole groups: 11 rows take longer than 16. The barrier keeps XLA from turning the product around again.
+        more = -count % (4 if count <= 4 else 8)
+        product = jax.lax.optimization_barrier(_product(matrix, jnp.pad(flat, ((0, more), (0, 0)))))[:, :count].T
     elif outputs % 2 or matrix.size > SMALL:
         product = _product(flat, matrix)
     else:  # half of the outputs on each of two cores

@@ -421,7 +421,7 @@ def _automata(
 def _watermark(options: GenerationConfig, strategy: str) -> Watermark | None:
     if options.watermarking_config is None:
         return None
-    if strategy != "sample":
+    if strategy not in ("sample", *strategies.BEAMS):
         raise NotImplementedError(
             f"generate: watermarking_config is not supported with {strategy}; leave one of them out"
         )

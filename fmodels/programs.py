@@ -17,7 +17,7 @@ from fmodels.models import Config, family
 from fmodels.nn.cache import grow, init_cache, put_rows, set_rows
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.positions import from_mask
-from fmodels.strategies import STRATEGIES
+from fmodels.strategies import maker
 from fmodels.types import Array, Cache, Key, Output, Params
 
 
@@ -26,7 +26,7 @@ class Plan:
     """What is static in a program: another plan is another program.
 
     Attributes:
-        strategy: its name in `STRATEGIES`.
+        strategy: its name in `strategies.STRATEGIES`.
         room: columns for new tokens.
         sequences: rows that are returned for each prompt.
         settings: static settings of the strategy, by name. `ngrams` makes the history know of n-grams, `hidden_states` the
@@ -172,9 +172,10 @@ def _guided(model: Model, inputs: Inputs) -> Model:
     return Model(prefill, decode, model.head, model.max_positions)
 
 
-def _begin(
+def _start(
     params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, key: Key
-) -> tuple[Strategy, Any]:
+) -> tuple[Strategy, Start]:
+    """The strategy and what the model has read of the prompts."""
     model = bind(params, config, plan, inputs)
     strategy = _strategy(model, options, plan, inputs)
     slots = inputs.tokens.shape[1] + plan.room
@@ -200,7 +201,7 @@ def _begin(
         context=context,
         automata=options.automata,
     )
-    return strategy, strategy.init(Start(out, history, key))
+    return strategy, Start(out, history, key)
 
 
 def _strategy(model: Model, options: Options, plan: Plan, inputs: Inputs) -> Strategy:
@@ -208,7 +209,7 @@ def _strategy(model: Model, options: Options, plan: Plan, inputs: Inputs) -> Str
     if "draft_config" in settings:
         alone = dataclasses.replace(plan, guided=False)
         settings["draft"] = bind(settings["draft"], settings.pop("draft_config"), alone, inputs)
-    return STRATEGIES[plan.strategy](
+    return maker(plan.strategy)(
         model,
         options,
         room=plan.room,
@@ -223,8 +224,8 @@ def _strategy(model: Model, options: Options, plan: Plan, inputs: Inputs) -> Str
 @functools.partial(jax.jit, static_argnames=("config", "plan"))
 def whole(params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, key: Key) -> Result:
     """Prefill and all steps, as one program."""
-    strategy, state = _begin(params, config, plan, inputs, options, key)
-    return _kept(strategy.finish(jax.lax.while_loop(strategy.more, strategy.step, state)), plan)
+    strategy, start = _start(params, config, plan, inputs, options, key)
+    return _kept(strategy.finish(strategy.run(start)), plan)
 
 
 def _kept(result: Result, plan: Plan) -> Result:
@@ -234,7 +235,8 @@ def _kept(result: Result, plan: Plan) -> Result:
 @functools.partial(jax.jit, static_argnames=("config", "plan"))
 def first(params: Params, config: Config, plan: Plan, inputs: Inputs, options: Options, key: Key) -> Any:
     """Prefill and the first step: the state, whether it wants another, and its newest tokens."""
-    strategy, state = _begin(params, config, plan, inputs, options, key)
+    strategy, start = _start(params, config, plan, inputs, options, key)
+    state = strategy.init(start)
     return state, strategy.more(state), strategy.newest(state)
 
 
@@ -286,7 +288,8 @@ def admit(
         state: the running state, from `vacant`.
         rows: numbers beyond the last row are dropped.
     """
-    _, new = _begin(params, config, plan, inputs, options, keys)
+    strategy, start = _start(params, config, plan, inputs, options, keys)
+    new = strategy.init(start)
     rest, new_rest = ((s.history, s.token, s.done, s.logprobs, s.keys, s.kept) for s in (state, new))
     merged = jax.tree.map(lambda x, y: set_rows(x, y, rows), rest, new_rest)
     names = ("history", "token", "done", "logprobs", "keys", "kept")

@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fmodels import tree
-from fmodels.generation.beams import beam_search
 from fmodels.generation.config import GenerationConfig
-from fmodels.generation.constrained_beams import constrained_beam_search
-from fmodels.generation.contrastive import contrastive
-from fmodels.generation.dola import dola
-from fmodels.generation.group_beams import group_beam_search
-from fmodels.generation.phrases import compile_phrases
-from fmodels.generation.running import STOPPING
-from fmodels.generation.sample import sample
-from fmodels.generation.speculative import by_draft, by_ngrams
 from fmodels.generation.strategy import Strategy
 from fmodels.models import Config
 from fmodels.schema import LM_TASKS
 from fmodels.types import Params
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "sample": sample,
-    "beams": beam_search,
-    "group-beams": group_beam_search,
-    "constrained-beams": constrained_beam_search,
-    "contrastive": contrastive,
-    "dola": dola,
-    "ngrams": by_ngrams,
-    "draft": by_draft,
+STRATEGIES = {
+    "sample": "sample.sample",
+    "beams": "beams.beam_search",
+    "group-beams": "group_beams.group_beam_search",
+    "constrained-beams": "constrained_beams.constrained_beam_search",
+    "contrastive": "contrastive.contrastive",
+    "dola": "dola.dola",
+    "ngrams": "speculative.by_ngrams",
+    "draft": "speculative.by_draft",
 }
-"""Name -> `make(model, options, *, room, sequences, processors, stops, ask, **settings) -> Strategy`."""
+"""Name -> file and function in `fmodels.generation`."""
 
 BEAMS = ("beams", "group-beams", "constrained-beams")
 """Those that search, so that no row of the cache is that of a text that is returned."""
 
 Choice = tuple[str, int, tuple[tuple[str, Any], ...], dict[str, Any]]
 """Name, rows returned for each prompt, static settings, arrays."""
+
+
+def maker(name: str) -> Callable[..., Strategy]:
+    """`make(model, options, *, room, sequences, processors, stops, ask, **settings) -> Strategy`, loaded now."""
+    file, function = STRATEGIES[name].split(".")
+    return getattr(import_module(f"fmodels.generation.{file}"), function)
 
 
 def choose(
@@ -188,6 +186,9 @@ def _depth(layers: Any) -> int:
 
 def _beams(rows: Sequence[GenerationConfig], sequences: int, beams: int, eos: Sequence[int], vocabulary: int) -> Choice:
     """The searches with beams."""
+    from fmodels.generation.phrases import compile_phrases
+    from fmodels.generation.running import STOPPING
+
     first = rows[0]
     settings: dict[str, Any] = {"beams": beams, "ends": len(eos)}
     penalty = 1.0 if first.length_penalty is None else first.length_penalty

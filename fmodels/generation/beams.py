@@ -31,7 +31,7 @@ from fmodels.generation.running import (
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, stopped
 from fmodels.generation.sampling import row_keys
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
 from fmodels.types import Array, Key, Output
 
 
@@ -92,7 +92,7 @@ def beam_search(
     k, candidates = beams, max(2, 1 + ends) * beams
     rows, options = options.rows, options.repeat(k)
 
-    def init(start: Start) -> State:
+    def prompt(start: Start) -> tuple[State, Output]:
         running = begin(start, k, room)
         batch = running.scores.shape[0]
         state = State(
@@ -104,11 +104,15 @@ def beam_search(
             more=jnp.ones((), bool),
             keys=start.key if start.key.ndim else row_keys(start.key, batch),
         )
-        return choose(state, repeat_output(start.out, k))
+        out = repeat_output(start.out, k)
+        if ask != NOTHING:
+            kept = empty(jax.eval_shape(choose, state, out).running.kept)
+            state = state._replace(running=state.running._replace(kept=kept))
+        return state, out
 
-    def step(state: State) -> State:
+    def read(state: State) -> tuple[State, Output]:
         running, out = advance(model, state.running, ask)
-        return choose(state._replace(running=running), out)
+        return state._replace(running=running), out
 
     def choose(state: State, out: Output) -> State:
         running = state.running
@@ -185,4 +189,4 @@ def beam_search(
     def newest(state: State) -> Array:
         return state.running.history.last[::k]
 
-    return Strategy(init, step, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest)

@@ -30,7 +30,7 @@ from fmodels.generation.running import (
     take,
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, stopped
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
 from fmodels.types import Array, Output
 
 
@@ -95,7 +95,7 @@ def constrained_beam_search(
     k, wide = beams, max(2, 1 + ends) * beams
     options = options.repeat(k)
 
-    def init(start: Start) -> State:
+    def prompt(start: Start) -> tuple[State, Output]:
         running = begin(start, k, room)
         batch = running.scores.shape[0]
         state = State(
@@ -105,7 +105,11 @@ def constrained_beam_search(
             done=jnp.zeros(batch, bool),
             more=jnp.ones((), bool),
         )
-        return choose(state, repeat_output(start.out, k))
+        out = repeat_output(start.out, k)
+        if ask != NOTHING:
+            kept = empty(jax.eval_shape(choose, state, out).running.kept)
+            state = state._replace(running=state.running._replace(kept=kept))
+        return state, out
 
     def of_prompt(history: History) -> Progress:
         """What the prompt contains of the phrases."""
@@ -120,9 +124,9 @@ def constrained_beam_search(
         columns = jnp.arange(history.tokens.shape[1] - room, dtype=jnp.int32)
         return jax.lax.scan(read, trees.begin(phrases, history.end.shape[0]), columns)[0]
 
-    def step(state: State) -> State:
+    def read(state: State) -> tuple[State, Output]:
         running, out = advance(model, state.running, ask)
-        return choose(state._replace(running=running), out)
+        return state._replace(running=running), out
 
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
@@ -230,4 +234,4 @@ def constrained_beam_search(
     def newest(state: State) -> Array:
         return state.running.history.last[::k]
 
-    return Strategy(init, step, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest)

@@ -12,7 +12,7 @@ from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, put, put_column, stopped, wanted
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_steps
 from fmodels.nn.cache import repeat_rows, take_rows
 from fmodels.types import Array, Cache
 
@@ -159,7 +159,7 @@ def contrastive(
             outputs=state.kept,
         )
 
-    return Strategy(init, step, more, finish, lambda state: state.token)
+    return by_steps(init, step, more, finish, lambda state: state.token)
 
 
 def _unit(x: Array) -> Array:

@@ -29,7 +29,7 @@ from fmodels.generation.running import (
     take,
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, stopped
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
 from fmodels.types import Array, Output
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def group_beam_search(
     s, wide = beams // groups, max(2, 1 + ends) * (beams // groups)
     options = options.repeat(s)
 
-    def init(start: Start) -> State:
+    def prompt(start: Start) -> tuple[State, Output]:
         running = begin(start, beams, room)
         first = jnp.arange(beams) % s == 0
         trails = beams_by_group(running.trail)
@@ -123,11 +123,15 @@ def group_beam_search(
             done=jnp.zeros(trails.length.shape[:2], bool),
             more=jnp.ones((), bool),
         )
-        return choose(state, repeat_output(start.out, beams))
+        out = repeat_output(start.out, beams)
+        if ask != NOTHING:
+            kept = empty(jax.eval_shape(choose, state, out).running.kept)
+            state = state._replace(running=state.running._replace(kept=kept))
+        return state, out
 
-    def step(state: State) -> State:
+    def read(state: State) -> tuple[State, Output]:
         running, out = advance(model, state.running, ask)
-        return choose(state._replace(running=running), out)
+        return state._replace(running=running), out
 
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
@@ -224,4 +228,4 @@ def group_beam_search(
         """Arrays `(g b s …)` as `(b g·s …)`."""
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], groups * s, *x.shape[3:]), trails)
 
-    return Strategy(init, step, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest)

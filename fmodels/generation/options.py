@@ -144,7 +144,7 @@ def process(logits: Array, history: History, options: Options, processors: Seque
 
 
 def marked(logits: Array, history: History, options: Options) -> Array:
-    """What the watermark adds, which comes after all cuts."""
+    """With what the watermark adds, which comes after all cuts."""
     return logits if options.watermark is None else logits + options.watermark(logits, history)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fmodels.generation import history as said
 from fmodels.generation.history import History
-from fmodels.generation.options import Options, Processor, process, renormalize
+from fmodels.generation.options import Options, Processor, marked, process, renormalize
 from fmodels.generation.sample import Ask
 from fmodels.generation.sampling import warp_logits
 from fmodels.generation.strategy import Model, Result, Start
@@ -87,12 +87,12 @@ def begin(start: Start, beams: int, room: int) -> Running:
 
 
 def repeat_output(out: Output, beams: int) -> Output:
-    """The logits of the prompts, and their hidden states, for each of their beams."""
+    """The logits of the prompts, and the hidden states of their last tokens, for each of their beams."""
     assert out.logits is not None
     states = out.hidden_states
     return Output(
         logits=jnp.repeat(out.logits, beams, axis=0),
-        hidden_states=None if states is None else jnp.repeat(states, beams, axis=1),
+        hidden_states=None if states is None else jnp.repeat(states[:, :, -1:], beams, axis=1),
     )
 
 
@@ -108,13 +108,13 @@ def advance(model: Model, running: Running, ask: Ask) -> tuple[Running, Output]:
         **({"hidden_states": True} if ask.hidden_states else {}),
     )
     assert out.cache is not None
-    return running._replace(cache=out.cache), out
+    return running._replace(cache=out.cache), Output(logits=out.logits, hidden_states=out.hidden_states)
 
 
 def processed(
     logprobs: Array, history: History, options: Options, processors: Sequence[Processor], *, keep: int
 ) -> Array:
-    """Log-probabilities `(r v)` after all logits functions, in rows that sample after the cuts too.
+    """Log-probabilities `(r v)` after all logits functions and the watermark, in rows that sample after the cuts too.
 
     Args:
         logprobs: of the model.
@@ -129,7 +129,8 @@ def processed(
     def warped() -> Array:
         return jnp.where(rows.sample[:, None], warp_logits(logprobs, rows.warp, keep=keep), logprobs)
 
-    return renormalize(jax.lax.cond(rows.sample.any(), warped, lambda: logprobs), options)
+    logprobs = jax.lax.cond(rows.sample.any(), warped, lambda: logprobs)
+    return renormalize(marked(logprobs, history, options), options)
 
 
 def record(running: Running, ask: Ask, out: Output, logprobs: Array, room: int) -> Running:

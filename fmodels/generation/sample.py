@@ -12,7 +12,7 @@ from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process, renormalize
 from fmodels.generation.sampling import draw, row_keys, warp_logits
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
 from fmodels.nn.cache import repeat_rows
 from fmodels.types import Array, Cache, Key, Output
 
@@ -91,7 +91,7 @@ def sample(
     """
     options = options.repeat(sequences)
 
-    def init(start: Start) -> State:
+    def begin(start: Start) -> tuple[State, Output]:
         assert start.out.logits is not None and start.out.cache is not None
         history = said.repeat_rows(start.history, sequences)
         batch = history.end.shape[0]
@@ -105,15 +105,15 @@ def sample(
             kept={},
         )
         states = start.out.hidden_states
-        return choose(
-            state,
-            Output(
-                logits=jnp.repeat(start.out.logits, sequences, axis=0),
-                hidden_states=None if states is None else jnp.repeat(states, sequences, axis=1),
-            ),
+        out = Output(
+            logits=jnp.repeat(start.out.logits, sequences, axis=0),
+            hidden_states=None if states is None else jnp.repeat(states[:, :, -1:], sequences, axis=1),
         )
+        if ask != NOTHING:
+            state = state._replace(kept=empty(jax.eval_shape(choose, state, out).kept))
+        return state, out
 
-    def step(state: State) -> State:
+    def advance(state: State) -> tuple[State, Output]:
         history = state.history
         alive = ~state.done
         out = model.decode(
@@ -124,7 +124,7 @@ def sample(
             **({"hidden_states": True} if ask.hidden_states or read is not None else {}),
         )
         assert out.cache is not None
-        return choose(state._replace(cache=out.cache), out)
+        return state._replace(cache=out.cache), Output(logits=out.logits, hidden_states=out.hidden_states)
 
     def choose(state: State, out: Output) -> State:
         assert out.logits is not None
@@ -165,7 +165,7 @@ def sample(
     def newest(state: State) -> Array:
         return state.token
 
-    return Strategy(init, step, more, finish, newest)
+    return by_choices(begin, advance, choose, more, finish, newest)
 
 
 def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[Array, Array]:

@@ -219,7 +219,8 @@ def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tupl
     keys = key if key.ndim else row_keys(key, batch)
     unheated = warp._replace(temperature=jnp.ones(batch))
 
-    values, tokens = jax.lax.top_k(logits, size)
+    # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
+    values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
     last = values[:, -1:]
     ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them
     tail = jnp.logaddexp(

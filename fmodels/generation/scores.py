@@ -39,7 +39,7 @@ def compute_transition_scores(
         >>> options = fm.GenerationConfig(num_beams=2, output_scores=True)
         >>> gen = fm.generate(params, config, [[300, 301]], max_new_tokens=3, options=options)
         >>> each = fm.compute_transition_scores(gen.tokens, gen.outputs["scores"], gen.beam_indices)
-        >>> bool(abs(each.sum() / gen.lengths[0] - gen.sequence_scores[0]) < 1e-5)
+        >>> bool(abs(float(each.sum()) / int(gen.lengths[0]) - float(gen.sequence_scores[0])) < 1e-5)
         True
 
     Source: matches transformers 5's `compute_transition_scores`.

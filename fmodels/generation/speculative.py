@@ -24,7 +24,7 @@ from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, pick, put, put_column, stopped, wanted
 from fmodels.generation.sampling import row_keys
-from fmodels.generation.strategy import Model, Result, Start, Strategy
+from fmodels.generation.strategy import Model, Result, Start, Strategy, by_steps
 from fmodels.nn.cache import grow, repeat_rows
 from fmodels.types import Array, Cache, Key
 
@@ -204,7 +204,7 @@ def speculative(
             outputs={**state.kept, "calls": state.calls},
         )
 
-    return Strategy(init, step, more, finish, lambda state: state.history.last)
+    return by_steps(init, step, more, finish, lambda state: state.history.last)
 
 
 NARROW = (0, 3, 7)

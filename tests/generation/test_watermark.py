@@ -56,6 +56,21 @@ def test_text_and_detector_equal_transformers(gpt2, settings):
         np.testing.assert_array_equal(ours.prediction, theirs.prediction)
 
 
+@pytest.mark.parametrize("settings", SETTINGS[1:3], ids=str)
+def test_beams_bear_the_mark(gpt2, settings):
+    model, params, config = gpt2
+    tokens = np.random.default_rng(2).integers(10, 97, (2, 7))
+    more = {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 2, "length_penalty": 0.5}
+    want = model.generate(
+        torch.tensor(tokens), attention_mask=torch.ones(tokens.shape, dtype=torch.long), max_new_tokens=16, do_sample=False,
+        watermarking_config=hf.WatermarkingConfig(**settings), return_dict_in_generate=True, output_scores=True, **more,
+    )  # fmt: skip
+    options = fm.GenerationConfig(watermarking_config=settings, **more)
+    got = fm.generate(params, config, tokens, max_new_tokens=16, options=options)
+    np.testing.assert_array_equal(got.tokens, want.sequences)
+    np.testing.assert_allclose(got.sequence_scores, want.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
 def test_sampled_text_is_detected_and_plain_text_is_not(gpt2):
     _, params, config = gpt2
     tokens = np.random.default_rng(1).integers(10, 97, (6, 5))
