@@ -282,11 +282,9 @@ def _count(table: int | None, options: GenerationConfig, max_new_tokens: int | N
 
 
 def _left(prompt: np.ndarray, present: np.ndarray, table: int | None) -> tuple[Array, Array]:
-    """Tokens and mask in a bucket, with all padding on the left."""
-    tokens, mask = prompt.copy(), present.copy()
-    for row in range(len(tokens)):
-        behind = int(np.argmax(mask[row, ::-1])) if mask[row].any() else 0
-        tokens[row], mask[row] = np.roll(tokens[row], behind), np.roll(mask[row], behind)
+    """Tokens and mask in a bucket, with all padding on the left, that between tokens too."""
+    order = np.argsort(present, axis=1, kind="stable")
+    tokens, mask = (np.take_along_axis(x, order, axis=1) for x in (prompt, present))
     width = bucket(tokens.shape[1])
     if table is not None:
         width = max(tokens.shape[1], min(width, table))

@@ -50,6 +50,21 @@ def test_a_prefix_is_not_read_again(tiny):
         fm.generate(params, config, more, prefix=whole, max_new_tokens=2)
 
 
+def test_padding_between_tokens_counts_nothing(tiny):
+    """A text whose padding lies in its middle, as between the turns of a chat, against transformers."""
+    params, config, _ = tiny
+    tokens, mask = prompts(3, 12, seed=4)
+    mask = mask & ~np.isin(np.arange(12)[None], [[5], [8], [9]]) & (np.arange(12)[None] != 7)
+    want = to_transformers(params, config).generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), max_new_tokens=8, do_sample=False,
+        eos_token_id=2047, pad_token_id=3,
+    )  # fmt: skip
+    got = fm.generate(
+        params, config, tokens, mask=mask, max_new_tokens=8, options=fm.GenerationConfig(eos_token_id=[2047])
+    )
+    np.testing.assert_array_equal(got.tokens, want)
+
+
 @pytest.mark.parametrize("form", ["stacked", "list"])
 def test_chunks_change_nothing_and_8_bits_little(tiny, form):
     params, config, _ = tiny
