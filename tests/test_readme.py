@@ -13,7 +13,7 @@ import pytest
 
 import fmodels as fm
 from fmodels import cli, schema
-from fmodels.models import FAMILIES, family
+from fmodels.models import FAMILIES
 from fmodels.weights import FORMATS
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +44,8 @@ def tree_picture() -> str:
 def families() -> str:
     rows = ["| model_type | tasks |", "|---|---|"]
     names: dict[str, list[str]] = {}
-    for name in sorted(FAMILIES):
-        names.setdefault(", ".join(family(name).config.ARCHITECTURES), []).append(name)
+    for name, family in sorted(FAMILIES.items()):
+        names.setdefault(", ".join(family.config.ARCHITECTURES), []).append(name)
     rows += [f"| {', '.join(same)} | {tasks} |" for tasks, same in names.items()]
     return "\n".join(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,36 @@ if TYPE_CHECKING:
     from fmodels.models import mt5 as mt5
     from fmodels.models import t5 as t5
 
-FAMILIES: dict[str, str] = {
+
+class Families(MutableMapping[str, Family]):
+    """`model_type` -> family, of which at first only the file is known."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._known: dict[str, str | Family] = dict(files)
+
+    def __getitem__(self, name: str) -> Family:
+        known = self._known[name]
+        if isinstance(known, str):
+            known = self._known[name] = _file(known).FAMILY
+        return known
+
+    def __setitem__(self, name: str, family: Family) -> None:
+        self._known[name] = family
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+
+FILES: dict[str, str] = {
     "bart": "bart",
     "bert": "bert",
     "gpt2": "gpt2",
@@ -24,6 +54,9 @@ FAMILIES: dict[str, str] = {
     "t5": "t5",
 }
 """`model_type` -> file."""
+
+FAMILIES = Families(FILES)
+"""`model_type` -> family."""
 
 
 def family(which: str | Config) -> Family:
@@ -35,7 +68,7 @@ def family(which: str | Config) -> Family:
     name = which if isinstance(which, str) else which.model_type
     if name not in FAMILIES:
         raise ValueError(f"family: model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
-    return _file(FAMILIES[name]).FAMILY
+    return FAMILIES[name]
 
 
 def _file(name: str) -> Any:
@@ -43,6 +76,6 @@ def _file(name: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FAMILIES.values():
+    if name not in FILES.values():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _file(name)

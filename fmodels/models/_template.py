@@ -7,7 +7,7 @@ To add a family:
 1. Copy this file to `models/<model_type>.py` and set `Config.model_type` to Hugging Face's `model_type`.
 2. State what differs: the config's keys, the rules of its tensors, the lines of `forward`. A parameter of a new kind also
    needs its line in `fmodels.schema.AXES`; mathematics that other families share goes to `fmodels/nn`.
-3. Add one line to `FAMILIES` in `models/__init__.py` and one row per task to `tests/families.py`.
+3. Add one line to `FILES` in `models/__init__.py` and one row per task to `tests/families.py`.
 
 Loading, saving, resizing, pruning, sharding, generation and the PyTorch and TensorFlow wrappers follow from these.
 """
