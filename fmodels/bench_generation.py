@@ -87,7 +87,8 @@ COPIES = (
     '{"id": 1, "name": "item", "price": 10.0, "tags": ["a", "b"]},\n' * 6,
     "The cat sat on the mat and the dog sat on the log.\n" * 7,
 )
-"""Texts of one line again and again, which the embedded checkpoint continues with lines that repeat themselves."""
+"""Texts of one line again and again, chosen because the embedded checkpoint repeats itself after them, so that guesses hold.
+On repetitive texts that it does not continue so, speculation gains nothing or loses: 0.6 to 1.4 times greedy decoding."""
 
 
 def speculation(*, new_tokens: int = 192, repeats: int = 5) -> Iterator[Result]:
