@@ -36,8 +36,8 @@ def case(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Compiled programs are dropped before they fill the process's table of memory maps: a program takes hundreds of
-    its 65530 entries, and a compiler that gets none kills the worker."""
+    """Compiled programs are dropped before they fill the process's table of memory maps: a program of generation takes
+    about 400 of its 65530 entries. A worker crashed in CI once; that this was the cause is a guess."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:

@@ -208,8 +208,8 @@ def speculative(
 
 
 NARROW = (0, 3, 7)
-"""Numbers of guesses for which there is a program besides the largest: a block of 8 tokens takes a CPU three times as long
-as one token, a block of 4 half as long as that."""
+"""Numbers of guesses for which there is a program besides the largest: on the embedded checkpoint and two cores one token
+takes 0.3 to 0.4 ms, a block of 4 takes 1.2 to 2.1, one of 8 takes 1.6 to 2.6, one of 16 takes 2.5 to 3.4."""
 
 
 def ngrams(*, count: int, size: int | None = None) -> Proposer:

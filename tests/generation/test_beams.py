@@ -25,7 +25,7 @@ SAME_PROGRAM = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("gpt2", 1.0), ("llama", 1.0), ("llama", 5.0)], ids=str)
+@pytest.fixture(scope="module", params=[("gpt2", 1.0), ("gpt2", 5.0), ("llama", 1.0), ("llama", 5.0)], ids=str)
 def models(request):
     name, peaked = request.param
     return pair(name, peaked=peaked)
@@ -71,7 +71,7 @@ PROCESSED = {
 
 def test_processors_see_log_probabilities_as_in_transformers(models):
     ends = likely(models[0], 2)
-    for seed in range(2):
+    for seed in range(3):
         tokens, mask = prompts(2, 8, seed)
         compare(models, tokens, mask, eos_token_id=ends[0], forced_eos_token_id=ends[0], **PROCESSED)
 

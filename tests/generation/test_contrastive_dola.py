@@ -73,7 +73,7 @@ def test_dola_samples_and_streams():
 def test_the_cache_goes_on(part):
     """The next call reads what the last has left in the cache: each row's own tokens but the last, nothing after its end.
 
-    In float64: this model makes a thousand times as much of a rounding error of float32 in the third row.
+    In float64: in float32 the third row is up to 2.8e-4 away from the model in float64, the others 2e-5.
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         check_the_cache(part)

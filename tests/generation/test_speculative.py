@@ -14,7 +14,7 @@ from scipy import stats
 import fmodels as fm
 from tests.generation.pairs import PAD, likely, ours, pair, prompts, theirs
 
-NGRAMS = {"prompt_lookup_num_tokens": 3}
+NGRAMS = {"prompt_lookup_num_tokens": 4}
 EXIT = {"assistant_early_exit": 1, "num_assistant_tokens": 3}
 COUNT = 20
 GOLDENS = Path(__file__).parents[1] / "goldens" / "generation"
