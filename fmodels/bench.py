@@ -397,7 +397,9 @@ class _NoCompilationCache:
 
 
 def _python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Byte code is kept, as that of an installed package is: else an import would time the compiler of Python.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise RuntimeError(f"bench: a measurement failed:\n{done.stderr[-2000:]}")
     return done.stdout.splitlines()[-1]

@@ -228,6 +228,7 @@ def test_sharded_on_eight_devices(tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 64, (2, 6))
     np.savez(tmp_path / "in.npz", tokens=tokens, mask=np.ones_like(tokens))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "m"), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
