@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
-from fmodels.types import Array, Cache, Key, Output, Params
+from fmodels.types import Array, Cache, Keep, Key, Output, Params
 
 CHOICE_TASKS = ("multiple-choice", "double-heads")
 
@@ -64,6 +64,7 @@ def forward(
     cache: Cache | None = None,
     select: Array | None = None,
     hidden_states: bool = False,
+    attentions: bool = False,
 ) -> Output:
     """Runs the model; what comes out depends on `config.task`.
 
@@ -86,6 +87,7 @@ def forward(
             adds what its encoder has read.
         select: `(b)` int, compute a language model's logits only at this place of each row; then they are `(b 1 v)`.
         hidden_states: also return the input of every layer.
+        attentions: also return the weights of every attention.
 
     Returns:
         An `Output`; logits are float32.
@@ -100,11 +102,12 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
+    keep = Keep(hidden_states, attentions)
     if config.is_encoder_decoder:
         if token_types is not None:
             raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
         pairs, given = _pair(params, config, tokens, mask, decoder_tokens, decoder_mask, positions, cache)
-        return _forward(params, config, pairs, **given, cache=cache, select=select, hidden_states=hidden_states)
+        return _forward(params, config, pairs, **given, cache=cache, select=select, keep=keep)
     if decoder_tokens is not None or decoder_mask is not None:
         raise ValueError(
             f"forward: {config.model_type} of task {config.task!r} is one stack of layers; pass tokens and mask in place "
@@ -119,7 +122,7 @@ def forward(
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    out = _forward(params, config, tokens, **arrays, cache=cache, select=select, hidden_states=hidden_states)
+    out = _forward(params, config, tokens, **arrays, cache=cache, select=select, keep=keep)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
 
 
@@ -188,7 +191,7 @@ def _check_ends(config: Config, tokens: Array, decoder_tokens: Array) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
+@functools.partial(jax.jit, static_argnames=("config", "keep"))
 def _forward(params: Params, config: Config, tokens: Array | None, **inputs: Any) -> Output:
     return family(config).forward(params, config, tokens, **inputs)
 

@@ -17,7 +17,7 @@ from fmodels.generation.sample import Predicate
 from fmodels.generation.strategy import Result
 from fmodels.models import Config
 from fmodels.prepare import Call, Generated, prepare
-from fmodels.types import Key, Params
+from fmodels.types import Array, Key, Params
 
 
 def generate(
@@ -208,5 +208,21 @@ def _generated(call: Call, result: Result) -> Generated:
         sequence_scores=result.sequence_scores,
         beam_indices=None if result.beam_indices is None else result.beam_indices[:, :count],
         cache=result.cache,
-        outputs={name: value[:, :count] for name, value in result.outputs.items()},
+        outputs=_outputs(call, result, count),
     )
+
+
+def _outputs(call: Call, result: Result, count: int) -> dict[str, Array]:
+    """What was asked for of the first `count` new tokens, with columns of the text in the place of slots of the cache."""
+    outputs = {name: value[:, :count] for name, value in result.outputs.items()}
+    if (weights := outputs.get("attentions")) is not None:
+        assert result.slots is not None
+        present = np.repeat(call.present, weights.shape[0] // call.present.shape[0], axis=0)
+        real = np.pad(present, ((0, 0), (0, count)), constant_values=True)
+        slots = np.argsort(~np.asarray(result.slots), axis=1, kind="stable")  # those of the text, in its order
+        index = np.take_along_axis(slots, np.where(real, real.cumsum(1) - 1, 0), axis=1)
+        found = jnp.take_along_axis(weights, jnp.asarray(index)[:, None, None, None], axis=-1)
+        outputs["attentions"] = jnp.where(real[:, None, None, None], found, 0)
+    if (weights := outputs.get("cross_attentions")) is not None:
+        outputs["cross_attentions"] = weights[..., : call.read]
+    return outputs

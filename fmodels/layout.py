@@ -204,7 +204,11 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
 
 
 def _with_repeats(own: dict[str, Any], repeats: dict[str, Any], weights: rules.Weights) -> dict[str, Any]:
-    """In the order of PyTorch's modules: shared tables behind the first, which is theirs, and tied heads at the end."""
+    """In the order of PyTorch's modules: shared tables behind the first, tied heads at the end or before their biases."""
     shared = {name: value for name, value in repeats.items() if name not in weights.tied}
     first = dict(list(own.items())[:1]) if shared else {}
-    return {**first, **shared, **own, **repeats}
+    found = {**first, **shared}
+    for name, value in own.items():
+        weight = f"{name.removesuffix('.bias')}.weight"
+        found |= {weight: repeats[weight], name: value} if weight in repeats else {name: value}
+    return {**found, **repeats}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmodels import strategies
+from fmodels import schema, strategies
 from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
@@ -36,7 +36,8 @@ class Generated(NamedTuple):
         beam_indices: `(b n)` int32, of beams: which beam each token's scores come from, -1 after the end; else None.
         cache: keys and values of all tokens but the last of each row; `prefix=` of the next call continues from it.
         outputs: what was asked for, by name: `scores` and `logits` `(b n v)`, `hidden_states` `(b n l+1 d)`,
-            `attentions` `(b n l h s)`, `top_logprobs` and `top_tokens` `(b n k)`.
+            `attentions` `(b n l h t+n)` of each token's predecessor, `cross_attentions` `(b n l h c)`, `top_logprobs` and
+            `top_tokens` `(b n k)`; of beams, a row for each beam.
     """
 
     tokens: Array
@@ -50,10 +51,20 @@ class Generated(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, checked and rounded up to buckets: the prompt as it came, and what the compiled programs take."""
+    """A call, checked and rounded up to buckets: the prompt as it came, and what the compiled programs take.
+
+    Attributes:
+        prompt: `(b t)`, of the decoder.
+        present: `(b t)` bool.
+        read: columns of `tokens`: of the prompt, or of what the encoder reads.
+        arguments: of the programs.
+        max_time: seconds.
+        guidance: of a constraint that the host follows.
+    """
 
     prompt: np.ndarray
     present: np.ndarray
+    read: int
     arguments: tuple[Params, Config, Plan, Inputs, Options, Key]
     max_time: float | None
     guidance: constraints.Guidance | None = None
@@ -104,8 +115,10 @@ def prepare(
     read, present = _check_prompt(params, tokens, mask, "tokens")
     rows = _rows(config, options, read.shape[0])
     first = rows[0]
-    if first.output_attentions:
-        raise NotImplementedError("generate: output_attentions is not supported yet; leave it out")
+    if first.output_attentions and schema.is_ragged(config):
+        raise ValueError(
+            "generate: output_attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+        )
     eos = first.eos_token_ids or config.eos_token_ids
     pad = first.pad_token_id if first.pad_token_id is not None else config.pad_token_id
     present = _present(read, present, pad, eos)
@@ -176,7 +189,7 @@ def prepare(
         quantized=first.cache_implementation == "quantized",
     )
     key = jax.random.key(0) if key is None else typed(key)
-    return Call(prompt, present, (params, config, plan, inputs, arrays, key), first.max_time, guidance)
+    return Call(prompt, present, read.shape[1], (params, config, plan, inputs, arrays, key), first.max_time, guidance)
 
 
 def typed(key: Key) -> Key:

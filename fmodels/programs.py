@@ -180,9 +180,8 @@ def _start(
     strategy = _strategy(model, options, plan, inputs)
     slots = inputs.tokens.shape[1] + plan.room
     want: dict[str, Any] = {"before": inputs.cache} if inputs.cache is not None else {}
-    for name in ("hidden_states", "attentions"):
-        if getattr(plan.ask, name) or dict(plan.settings).get(name):
-            want[name] = True
+    states = plan.ask.hidden_states or dict(plan.settings).get("hidden_states", False)
+    want["keep"] = plan.ask.keep._replace(hidden_states=states)
     out = model.prefill(inputs.tokens, inputs.mask, slots, **want)
     assert out.logits is not None
     text = (inputs.tokens, inputs.mask) if inputs.text is None else inputs.text

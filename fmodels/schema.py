@@ -23,6 +23,7 @@ LETTERS = {
     "n": "token types",
     "m": "distance buckets",
     "d": "hidden",
+    "e": "embedding",
     "h": "query heads",
     "g": "key-value heads",
     "k": "head size",
@@ -38,6 +39,7 @@ SIZES = {
     "n": "num_token_types",
     "m": "num_buckets",
     "d": "hidden_size",
+    "e": "embedding_size",
     "h": "num_heads",
     "g": "num_kv_heads",
     "k": "head_dim",
@@ -48,19 +50,24 @@ SIZES = {
 }
 """Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
 
-CLASSES = {"multiple-choice": 1, "double-heads": 1, "next-sentence": 2, "pretraining": 2, "question-answering": 2}
+CLASSES = {
+    "multiple-choice": 1, "double-heads": 1, "replaced-token-detection": 1, "next-sentence": 2, "pretraining": 2,
+    "question-answering": 2,
+}  # fmt: skip
 """Task -> the classes that its head has, whatever the config's `num_labels` says."""
 
 LM_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "pretraining", "double-heads")
 """Tasks whose head gives a logit for each token of the vocabulary."""
 
 AXES = {
-    "embed.tokens": "v d",
-    "embed.positions": "p d",
-    "embed.types": "n d",
+    "embed.tokens": "v e",
+    "embed.positions": "p e",
+    "embed.types": "n e",
     "embed.distances": "m h",
-    "embed.norm.scale": "d",
-    "embed.norm.bias": "d",
+    "embed.norm.scale": "e",
+    "embed.norm.bias": "e",
+    "embed.projection.weight": "d e",
+    "embed.projection.bias": "d",
     "layers.attention_norm.scale": "l d",
     "layers.attention_norm.bias": "l d",
     "layers.attention.query.weight": "l h k d",
@@ -83,11 +90,11 @@ AXES = {
     "final_norm.bias": "d",
     "pooler.weight": "d d",
     "pooler.bias": "d",
-    "lm_transform.dense.weight": "d d",
-    "lm_transform.dense.bias": "d",
-    "lm_transform.norm.scale": "d",
-    "lm_transform.norm.bias": "d",
-    "lm_head.weight": "v d",
+    "lm_transform.dense.weight": "e d",
+    "lm_transform.dense.bias": "e",
+    "lm_transform.norm.scale": "e",
+    "lm_transform.norm.bias": "e",
+    "lm_head.weight": "v e",
     "lm_head.bias": "v",
     "lm_head.spare_bias": "v",
     "classifier.weight": "c d",
@@ -309,7 +316,8 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
 
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
-        mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`.
+        mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
+            also that of `e`, unless it has its own.
 
     Example:
         >>> import jax
@@ -317,6 +325,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
         >>> partition(params, {"v": "model"})["embed"]["tokens"]
         P('model', None)
     """
+    mesh_axes = {"e": mesh_axes["d"], **mesh_axes} if "d" in mesh_axes else mesh_axes
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
         used: set[str] = set()

@@ -64,6 +64,11 @@ class Output(NamedTuple):
         encoder_hidden: `(b s d)`, the encoder's last hidden state, where an encoder ran before a decoder, whose fields
             are those above.
         encoder_hidden_states: `(l+1 b s d)`, on request, as `hidden_states`.
+        attentions: `(l b h t s)`, on request: the weights of each layer's attention of its `t` tokens to `s` others: those
+            of the call, or the slots of the cache if there is one, with these tokens in it. A tuple of `(b h t s)` where
+            layers differ in their heads.
+        cross_attentions: as `attentions`, of the decoder to the `s` tokens of the encoder.
+        encoder_attentions: as `attentions`, of the encoder to itself.
     """
 
     logits: Array | None = None
@@ -74,3 +79,21 @@ class Output(NamedTuple):
     hidden_states: Array | None = None
     encoder_hidden: Array | None = None
     encoder_hidden_states: Array | None = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    encoder_attentions: Any = None
+
+
+class Keep(NamedTuple):
+    """What `forward` returns of the layers, beside what they make; static.
+
+    Attributes:
+        hidden_states: the input of every layer.
+        attentions: the weights of every attention.
+    """
+
+    hidden_states: bool = False
+    attentions: bool = False
+
+
+NOTHING = Keep()

@@ -29,6 +29,10 @@ BERT = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3,
     "num_attention_heads": 4, "type_vocab_size": 3,
 }  # fmt: skip
+ELECTRA = BERT | {"embedding_size": 14}
+DISTILBERT = SIZES | {"max_position_embeddings": 32, "dim": 20, "hidden_dim": 37, "n_layers": 3, "n_heads": 4}
+MPNET = {name: value for name, value in BERT.items() if name != "type_vocab_size"} | {"pad_token_id": 1}
+ALBERT = ELECTRA | {"num_hidden_layers": 5, "num_hidden_groups": 2}
 T5 = {
     "vocab_size": 61, "d_model": 20, "d_kv": 6, "d_ff": 37, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6, "pad_token_id": 3,
@@ -128,6 +132,70 @@ CASES = (
     Case("bert/token-classification", "BertForTokenClassification", BERT | THREE),
     Case("bert/question-answering", "BertForQuestionAnswering", BERT, token_types=3),
     Case("bert/multiple-choice", "BertForMultipleChoice", BERT, token_types=3),
+    Case("roberta/base", "RobertaModel", BERT, token_types=3),
+    Case("roberta/masked-lm", "RobertaForMaskedLM", BERT, token_types=3),
+    Case("roberta/masked-lm/untied", "RobertaForMaskedLM", BERT | {"tie_word_embeddings": False}),
+    Case("roberta/causal-lm", "RobertaForCausalLM", BERT | {"is_decoder": True}),
+    Case("roberta/base/no-pooler", "RobertaModel", BERT | {"hidden_act": "relu"}, {"add_pooling_layer": False}),
+    Case("roberta/sequence-classification", "RobertaForSequenceClassification", BERT | THREE),
+    Case("roberta/token-classification", "RobertaForTokenClassification", BERT | THREE),
+    Case("roberta/question-answering", "RobertaForQuestionAnswering", BERT),
+    Case("roberta/multiple-choice", "RobertaForMultipleChoice", BERT, token_types=3),
+    Case("xlm-roberta/base", "XLMRobertaModel", BERT, token_types=3),
+    Case("xlm-roberta/masked-lm", "XLMRobertaForMaskedLM", BERT, token_types=3),
+    Case("xlm-roberta/masked-lm/untied", "XLMRobertaForMaskedLM", BERT | {"tie_word_embeddings": False}),
+    Case("xlm-roberta/causal-lm", "XLMRobertaForCausalLM", BERT | {"is_decoder": True}),
+    Case("xlm-roberta/sequence-classification", "XLMRobertaForSequenceClassification", BERT | THREE),
+    Case("xlm-roberta/token-classification", "XLMRobertaForTokenClassification", BERT | THREE),
+    Case("xlm-roberta/question-answering", "XLMRobertaForQuestionAnswering", BERT),
+    Case("xlm-roberta/multiple-choice", "XLMRobertaForMultipleChoice", BERT, token_types=3),
+    Case("camembert/base", "CamembertModel", BERT, token_types=3),
+    Case("camembert/masked-lm", "CamembertForMaskedLM", BERT, token_types=3),
+    Case("camembert/masked-lm/untied", "CamembertForMaskedLM", BERT | {"tie_word_embeddings": False}),
+    Case("camembert/causal-lm", "CamembertForCausalLM", BERT | {"is_decoder": True}),
+    Case("camembert/sequence-classification", "CamembertForSequenceClassification", BERT | THREE),
+    Case("camembert/token-classification", "CamembertForTokenClassification", BERT | THREE),
+    Case("camembert/question-answering", "CamembertForQuestionAnswering", BERT),
+    Case("camembert/multiple-choice", "CamembertForMultipleChoice", BERT, token_types=3),
+    Case("roberta-prelayernorm/base", "RobertaPreLayerNormModel", BERT, token_types=3),
+    Case("roberta-prelayernorm/masked-lm", "RobertaPreLayerNormForMaskedLM", BERT, token_types=3),
+    Case("roberta-prelayernorm/masked-lm/untied", "RobertaPreLayerNormForMaskedLM", BERT | {"tie_word_embeddings": False}),
+    Case("roberta-prelayernorm/causal-lm", "RobertaPreLayerNormForCausalLM", BERT | {"is_decoder": True}),
+    Case("roberta-prelayernorm/sequence-classification", "RobertaPreLayerNormForSequenceClassification", BERT | THREE),
+    Case("roberta-prelayernorm/token-classification", "RobertaPreLayerNormForTokenClassification", BERT | THREE),
+    Case("roberta-prelayernorm/question-answering", "RobertaPreLayerNormForQuestionAnswering", BERT),
+    Case("roberta-prelayernorm/multiple-choice", "RobertaPreLayerNormForMultipleChoice", BERT, token_types=3),
+    Case("distilbert/base", "DistilBertModel", DISTILBERT),
+    Case("distilbert/masked-lm", "DistilBertForMaskedLM", DISTILBERT),
+    Case("distilbert/masked-lm/untied", "DistilBertForMaskedLM", DISTILBERT | {"tie_word_embeddings": False}),
+    Case("distilbert/sequence-classification", "DistilBertForSequenceClassification", DISTILBERT | THREE),
+    Case("distilbert/token-classification", "DistilBertForTokenClassification", DISTILBERT | THREE),
+    Case("distilbert/question-answering", "DistilBertForQuestionAnswering", DISTILBERT),
+    Case("distilbert/multiple-choice", "DistilBertForMultipleChoice", DISTILBERT),
+    Case("electra/base", "ElectraModel", ELECTRA, token_types=3),
+    Case("electra/masked-lm", "ElectraForMaskedLM", ELECTRA, token_types=3),
+    Case("electra/masked-lm/untied", "ElectraForMaskedLM", ELECTRA | {"tie_word_embeddings": False}),
+    Case("electra/causal-lm", "ElectraForCausalLM", ELECTRA | {"is_decoder": True}),
+    Case("electra/replaced-token-detection", "ElectraForPreTraining", BERT | {"embedding_size": 20}, token_types=3),
+    Case("electra/sequence-classification", "ElectraForSequenceClassification", ELECTRA | THREE),
+    Case("electra/token-classification", "ElectraForTokenClassification", ELECTRA | THREE),
+    Case("electra/question-answering", "ElectraForQuestionAnswering", ELECTRA),
+    Case("electra/multiple-choice", "ElectraForMultipleChoice", ELECTRA, token_types=3),
+    Case("mpnet/base", "MPNetModel", MPNET),
+    Case("mpnet/masked-lm", "MPNetForMaskedLM", MPNET),
+    Case("mpnet/masked-lm/untied", "MPNetForMaskedLM", MPNET | {"tie_word_embeddings": False}),
+    Case("mpnet/sequence-classification", "MPNetForSequenceClassification", MPNET | THREE),
+    Case("mpnet/token-classification", "MPNetForTokenClassification", MPNET | THREE),
+    Case("mpnet/question-answering", "MPNetForQuestionAnswering", MPNET),
+    Case("mpnet/multiple-choice", "MPNetForMultipleChoice", MPNET),
+    Case("albert/base", "AlbertModel", ALBERT, token_types=3),
+    Case("albert/masked-lm", "AlbertForMaskedLM", ALBERT, token_types=3),
+    Case("albert/masked-lm/untied", "AlbertForMaskedLM", ALBERT | {"tie_word_embeddings": False}),
+    Case("albert/pretraining", "AlbertForPreTraining", ELECTRA, token_types=3),
+    Case("albert/sequence-classification", "AlbertForSequenceClassification", ALBERT | THREE),
+    Case("albert/token-classification", "AlbertForTokenClassification", ALBERT | THREE),
+    Case("albert/question-answering", "AlbertForQuestionAnswering", ALBERT),
+    Case("albert/multiple-choice", "AlbertForMultipleChoice", ALBERT, token_types=3),
     Case("t5/base", "T5Model", T5 | {"feed_forward_proj": "gelu_new"}),
     Case("t5/seq2seq-lm", "T5ForConditionalGeneration", T5),
     Case("t5/seq2seq-lm/unscaled", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}),
@@ -196,7 +264,7 @@ class Loaded:
         """`fm.forward` on the same inputs; positions are left to its default rule."""
         given = {name: a for name, a in self.inputs(padding).items() if name != "positions"}
         params, config = self.params if params is None else params, self.config if config is None else config
-        return fm.forward(params, config, **given, **({"hidden_states": True} | options))
+        return fm.forward(params, config, **given, **({"hidden_states": True, "attentions": True} | options))
 
 
 def build(case: Case) -> Any:
@@ -259,12 +327,12 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
         named["token_type_ids"] = tensors["token_types"]
     if "decoder_tokens" in tensors:
         named |= {"decoder_input_ids": tensors["decoder_tokens"], "decoder_attention_mask": tensors["decoder_mask"]}
-    if "positions" in tensors and model.config.model_type != "bert":  # whose positions are columns, whatever the mask
+    if "positions" in tensors and model.config.model_type in ("gpt2", "llama"):  # others count in ways of their own
         named |= {"position_ids": tensors["positions"].flatten(0, -2), "use_cache": False}
     if type(model).__name__.endswith("DoubleHeadsModel"):
         columns = torch.arange(named["input_ids"].shape[-1])
         named["mc_token_ids"] = (columns * named["attention_mask"]).argmax(-1)
-    return model(**named, output_hidden_states=True)
+    return model(**named, output_hidden_states=True, output_attentions=True)
 
 
 def outputs(out: Any) -> dict[str, torch.Tensor]:
@@ -276,6 +344,12 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
     ):  # fmt: skip
         if theirs in out:
             found[ours] = torch.stack([h.reshape(out[theirs][0].shape) for h in out[theirs]])
+    for theirs, ours in (
+        ("attentions", "attentions"), ("decoder_attentions", "attentions"), ("cross_attentions", "cross_attentions"),
+        ("encoder_attentions", "encoder_attentions"),
+    ):  # fmt: skip
+        if out.get(theirs):
+            found[ours] = torch.stack(out[theirs])
     if "encoder_last_hidden_state" in out:
         found["encoder_hidden"] = out.encoder_last_hidden_state
     if "last_hidden_state" in out:
@@ -286,7 +360,7 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
         found["logits"] = torch.stack([out.start_logits, out.end_logits], -1)
     for theirs, ours in (
         ("logits", "logits"), ("prediction_logits", "logits"),
-        ("seq_relationship_logits", "sequence_logits"), ("mc_logits", "sequence_logits"),
+        ("seq_relationship_logits", "sequence_logits"), ("mc_logits", "sequence_logits"), ("sop_logits", "sequence_logits"),
     ):  # fmt: skip
         if theirs in out:
             found[ours] = out[theirs]
@@ -325,14 +399,16 @@ def assert_equal(
         ours = getattr(got, name)
         assert ours is not None, f"{name} is missing"
         ours = np.asarray(ours)
-        if name.endswith("hidden_states"):
+        if name.endswith("attentions"):  # of real queries to all keys
+            where = flat[None, :, None, :, None]
+        elif name.endswith("hidden_states"):
             ours, theirs, where = ours.reshape(theirs.shape), theirs, flat[None, :, :, None]
         elif ours.ndim > mask.ndim and ours.shape[: mask.ndim] == mask.shape:
             where = mask.astype(bool)[..., None]
         else:
             where = np.ones((1,) * theirs.ndim, bool)
         assert ours.shape == theirs.shape, f"{name} has shape {ours.shape}, transformers {theirs.shape}"
-        if not causal and not name.endswith("hidden_states"):
+        if not causal and not name.endswith(("hidden_states", "attentions")):
             where = np.ones((1,) * theirs.ndim, bool)
         error = np.where(where, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)), 0)
         assert error.max() <= bound, (

@@ -79,7 +79,7 @@ def test_positions_and_boolean_mask(case, name):
 @pytest.mark.parametrize("name", [*PLAIN, *PAIRS])
 def test_select(case, name):
     loaded = case(name)
-    got = loaded.forward("right", select=jnp.array([4, 2]), hidden_states=False).logits
+    got = loaded.forward("right", select=jnp.array([4, 2]), hidden_states=False, attentions=False).logits
     assert got.shape == (2, 1, 61)
     want = loaded.reference("right")["logits"][[0, 1], [4, 2]]
     assert np.abs(np.asarray(got)[:, 0] - want).max() < 1e-5
@@ -93,15 +93,20 @@ def test_cached_decode(case, name, chunks):
     given = loaded.inputs("left")
     given.pop("positions", None)
     for params in (loaded.params, loaded.unstacked) if name == "llama/causal-lm" else (loaded.params,):
-        cache, parts, start = fm.init_cache(params, 2, 9), [], 0
+        cache, parts, weights, start = fm.init_cache(params, 2, 9), [], [], 0
         for width in chunks:
             part = {name: a[:, start : start + width] for name, a in given.items()}
-            out = fm.forward(params, loaded.config, **part, cache=cache)
+            out = fm.forward(params, loaded.config, **part, cache=cache, attentions=True)
             cache, start = out.cache, start + width
             parts.append(out.logits)
+            weights.append(out.attentions)
         assert int(cache.length) == 7
-        error = np.abs(np.concatenate(parts, 1) - loaded.reference("left")["logits"])
-        assert error[given["mask"].astype(bool)].max() < 1e-5
+        want, real = loaded.reference("left"), given["mask"].astype(bool)
+        assert np.abs(np.concatenate(parts, 1) - want["logits"])[real].max() < 1e-5
+        found = np.concatenate(weights, 3)
+        assert found.shape[-1] == 9  # slots of the cache
+        error = np.abs(found - np.pad(want["attentions"], [(0, 0)] * 4 + [(0, 2)]))
+        assert np.where(real[None, :, None, :, None], error, 0).max() < 1e-5
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["one length", "length per row"])
@@ -189,9 +194,12 @@ def test_gradients(loaded):
 
     gradient = jax.jit(jax.grad(functional))(loaded.params)
     ours = fm.to_disk(jax.tree.map(np.asarray, gradient), loaded.config)
-    want = {
-        n: p.grad.numpy() if p.grad is not None else np.zeros(p.shape, np.float32) for n, p in model.named_parameters()
-    }
+    want, spellings = {}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        spellings.setdefault(p, []).append(name)
+    for p, same in spellings.items():  # a tied one has several names, of which we have one
+        (name,) = [name for name in same if name in ours]
+        want[name] = np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
     assert ours.keys() - {n for n, _ in model.named_buffers()} == want.keys()
     for name, gradient in want.items():
         error = np.abs(np.asarray(ours[name]) - gradient) / np.maximum(1, np.abs(gradient))

@@ -22,17 +22,17 @@ from fmodels.generation.running import (
     best_by_length,
     by_length,
     extend,
+    of_prompt,
     processed,
     record,
-    repeat_output,
     result,
     rows_of,
     take,
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, stopped
 from fmodels.generation.sampling import row_keys
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
-from fmodels.types import Array, Key, Output
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_choices
+from fmodels.types import Array, Key
 
 
 class State(NamedTuple):
@@ -92,7 +92,7 @@ def beam_search(
     k, candidates = beams, max(2, 1 + ends) * beams
     rows, options = options.rows, options.repeat(k)
 
-    def prompt(start: Start) -> tuple[State, Output]:
+    def prompt(start: Start) -> tuple[State, Next]:
         running = begin(start, k, room)
         batch = running.scores.shape[0]
         state = State(
@@ -104,22 +104,17 @@ def beam_search(
             more=jnp.ones((), bool),
             keys=start.key if start.key.ndim else row_keys(start.key, batch),
         )
-        out = repeat_output(start.out, k)
-        if ask != NOTHING:
-            kept = empty(jax.eval_shape(choose, state, out).running.kept)
-            state = state._replace(running=state.running._replace(kept=kept))
-        return state, out
+        return state, of_prompt(start, k)
 
-    def read(state: State) -> tuple[State, Output]:
-        running, out = advance(model, state.running, ask)
-        return state._replace(running=running), out
+    def read(state: State) -> tuple[State, Next]:
+        running, says = advance(model, state.running, ask)
+        return state._replace(running=running), says
 
-    def choose(state: State, out: Output) -> State:
+    def choose(state: State, says: Next) -> State:
         running = state.running
-        assert out.logits is not None
-        logprobs = jax.nn.log_softmax(out.logits[:, -1], axis=-1)
+        logprobs = jax.nn.log_softmax(says.logits, axis=-1)
         logprobs = processed(logprobs, running.history, options, processors, keep=max(2, 1 + ends))
-        running = record(running, ask, out, logprobs, room)
+        running = record(running, ask, says, logprobs, room)
         scores, index = pick(state, logprobs)
         parent, token = jnp.divmod(index, logprobs.shape[1])
         row = rows_of(parent, k)
@@ -184,9 +179,9 @@ def beam_search(
         # Where the steps were cut off, what goes on counts as ended, as in transformers under `max_time`.
         running = state.running
         state = settle(state, running.trail, running.scores, jnp.broadcast_to(state.more, state.ended.shape))
-        return result(state.found, state.scores, sequences, running.kept, options.pad)
+        return result(state.found, state.scores, sequences, running, options.pad)
 
     def newest(state: State) -> Array:
         return state.running.history.last[::k]
 
-    return by_choices(prompt, read, choose, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest, keeps=ask != NOTHING)

@@ -22,16 +22,16 @@ from fmodels.generation.running import (
     beside,
     by_length,
     extend,
+    of_prompt,
     processed,
     record,
-    repeat_output,
     result,
     rows_of,
     take,
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, stopped
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
-from fmodels.types import Array, Output
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_choices
+from fmodels.types import Array
 
 
 class State(NamedTuple):
@@ -95,23 +95,19 @@ def constrained_beam_search(
     k, wide = beams, max(2, 1 + ends) * beams
     options = options.repeat(k)
 
-    def prompt(start: Start) -> tuple[State, Output]:
+    def prompt(start: Start) -> tuple[State, Next]:
         running = begin(start, k, room)
         batch = running.scores.shape[0]
         state = State(
             running=running._replace(scores=running.scores.at[:, 1:].set(LOW)),
-            progress=of_prompt(running.history),
+            progress=said_so_far(running.history),
             found=nothing(running.trail),
             done=jnp.zeros(batch, bool),
             more=jnp.ones((), bool),
         )
-        out = repeat_output(start.out, k)
-        if ask != NOTHING:
-            kept = empty(jax.eval_shape(choose, state, out).running.kept)
-            state = state._replace(running=state.running._replace(kept=kept))
-        return state, out
+        return state, of_prompt(start, k)
 
-    def of_prompt(history: History) -> Progress:
+    def said_so_far(history: History) -> Progress:
         """What the prompt contains of the phrases."""
 
         def read(progress: Progress, column: Array) -> tuple[Progress, None]:
@@ -124,17 +120,16 @@ def constrained_beam_search(
         columns = jnp.arange(history.tokens.shape[1] - room, dtype=jnp.int32)
         return jax.lax.scan(read, trees.begin(phrases, history.end.shape[0]), columns)[0]
 
-    def read(state: State) -> tuple[State, Output]:
-        running, out = advance(model, state.running, ask)
-        return state._replace(running=running), out
+    def read(state: State) -> tuple[State, Next]:
+        running, says = advance(model, state.running, ask)
+        return state._replace(running=running), says
 
-    def choose(state: State, out: Output) -> State:
-        assert out.logits is not None
+    def choose(state: State, says: Next) -> State:
         running, steps = state.running, state.running.steps + 1
         batch = running.scores.shape[0]
-        logprobs = jax.nn.log_softmax(out.logits[:, -1], axis=-1)
+        logprobs = jax.nn.log_softmax(says.logits, axis=-1)
         logprobs = processed(logprobs, running.history, options, processors, keep=1)
-        running = record(running, ask, out, logprobs, room)
+        running = record(running, ask, says, logprobs, room)
         scores = logprobs.reshape(batch, k, -1) + running.scores[..., None]
         best = candidates(scores, wide, options.eos)
 
@@ -229,9 +224,9 @@ def constrained_beam_search(
         too_few = whole.sum(-1, keepdims=True) < sequences
         found = add(found, running.trail, scores, ~whole & open_ & too_few)
         trail, scores = in_order(found.trail, found.scores, found.there)
-        return result(trail, scores, sequences, running.kept, options.pad)
+        return result(trail, scores, sequences, running, options.pad)
 
     def newest(state: State) -> Array:
         return state.running.history.last[::k]
 
-    return by_choices(prompt, read, choose, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest, keeps=ask != NOTHING)

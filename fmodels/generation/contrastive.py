@@ -12,7 +12,7 @@ from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, put, put_column, stopped, wanted
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_steps
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_steps, last
 from fmodels.nn.cache import repeat_rows, take_rows
 from fmodels.types import Array, Cache
 
@@ -23,9 +23,8 @@ class State(NamedTuple):
     Attributes:
         history: with the newest token.
         cache: keys and values of all tokens, of `b k` rows: the `k` of a prompt are the same.
-        logits: `(b v)`, of the token to come.
+        says: what the model says of the token to come.
         hidden: `(b s d)`, the last hidden states of the tokens, scaled to length 1.
-        states: `(l+1 b d)`, of the newest token, where `Ask` asks for them.
         token: `(b)` int32, the newest tokens, pad in rows that had ended before.
         done: `(b)` bool, rows that have ended.
         logprobs: `(b room)` float32 of the new tokens.
@@ -34,9 +33,8 @@ class State(NamedTuple):
 
     history: History
     cache: Cache
-    logits: Array
+    says: Next
     hidden: Array
-    states: Array | None
     token: Array
     done: Array
     logprobs: Array
@@ -77,24 +75,21 @@ def contrastive(
     Source: Su et al. 2022; matches transformers 4.55's `_contrastive_search`.
     """
     assert sequences == 1
-    want = {"hidden_states": True} if ask.hidden_states else {}
 
     def init(start: Start) -> State:
         out, history = start.out, start.history
-        assert out.logits is not None and out.cache is not None and out.hidden is not None
+        assert out.cache is not None and out.hidden is not None
         batch, width = out.hidden.shape[:2]
         if width + room != history.tokens.shape[1]:
             raise ValueError(
                 "generate: penalty_alpha compares with the hidden states of the whole text; leave prefix out and pass all of it"
             )
-        states = out.hidden_states
         return step(
             State(
                 history=history,
                 cache=repeat_rows(out.cache, top_k),
-                logits=out.logits[:, -1],
+                says=last(out, out.cache.mask.shape[1]),
                 hidden=jnp.pad(_unit(out.hidden), ((0, 0), (0, room), (0, 0))),
-                states=None if states is None else states[:, :, -1],
                 token=jnp.zeros(batch, jnp.int32),
                 done=jnp.zeros(batch, bool),
                 logprobs=jnp.zeros((batch, room), jnp.float32),
@@ -105,16 +100,16 @@ def contrastive(
     def step(state: State) -> State:
         history, alive = state.history, ~state.done
         batch = history.end.shape[0]
-        logits = process(state.logits, history, options, processors)
+        logits = process(state.says.logits, history, options, processors)
         probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
         out = model.decode(
             tokens.astype(jnp.int32).reshape(-1, 1),
             jnp.repeat(history.length, top_k)[:, None],
             state.cache,
             mask=jnp.repeat(alive, top_k)[:, None],
-            **want,
+            keep=ask.keep,
         )
-        assert out.logits is not None and out.cache is not None and out.hidden is not None
+        assert out.cache is not None and out.hidden is not None
         hidden = _unit(out.hidden[:, 0]).reshape(batch, top_k, -1)
         cosines = jnp.einsum("bkd,bsd->bks", hidden, state.hidden, precision="highest")
         columns = jnp.arange(state.hidden.shape[1], dtype=jnp.int32)[None]
@@ -125,16 +120,15 @@ def contrastive(
         row = jnp.arange(batch, dtype=jnp.int32) * top_k + best
         token, probability = (said.at(x, best) for x in (tokens.astype(jnp.int32), probabilities))
         column = jnp.where(alive, history.new, room)
-        new = wanted(ask, options, state.logits, logits, state.states)
+        new = wanted(ask, options, state.says, logits)
         after = said.append(history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(after, options, stops) | (after.new >= options.max_new_tokens)
         rows = jnp.arange(batch)
         return State(
             history=after,
             cache=take_rows(out.cache, jnp.repeat(row, top_k)),
-            logits=out.logits[row, -1],
+            says=jax.tree.map(lambda x: x[row], last(out, out.cache.mask.shape[1])),
             hidden=state.hidden.at[rows, history.end].set(hidden[rows, best], mode="drop"),
-            states=None if out.hidden_states is None else out.hidden_states[:, row, -1],
             token=jnp.where(alive, token, options.pad),
             done=state.done | ended,
             logprobs=put_column(state.logprobs, jnp.log(probability), column),
@@ -157,6 +151,7 @@ def contrastive(
             logprobs=state.logprobs,
             cache=cache,
             outputs=state.kept,
+            slots=cache.mask,
         )
 
     return by_steps(init, step, more, finish, lambda state: state.token)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fmodels.generation.options import Options
 from fmodels.generation.sample import sample
-from fmodels.generation.strategy import Model, Result, Strategy
+from fmodels.generation.strategy import Model, Next, Result, Strategy
 from fmodels.types import Array, Cache, Output
 
 RELATIVE_TOP = 0.1
@@ -33,10 +33,9 @@ def dola(model: Model, options: Options, *, layers: tuple[int, ...], **rest: Any
     Source: Chuang et al. 2023; matches transformers 4.55's `_dola_decoding`.
     """
 
-    def read(out: Output) -> Array:
-        assert out.logits is not None and out.hidden_states is not None
-        early = out.hidden_states[jnp.asarray(layers), :, -1]
-        return contrast(out.logits[:, -1], model.head(early))
+    def read(says: Next) -> Array:
+        early = says.layers["hidden_states"][:, jnp.asarray(layers)].swapaxes(0, 1)
+        return contrast(says.logits, model.head(early))
 
     def decode(tokens: Array, positions: Array, cache: Cache, mask: Array | None = None, **want: Any) -> Output:
         there = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)

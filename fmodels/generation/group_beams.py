@@ -21,16 +21,16 @@ from fmodels.generation.running import (
     begin,
     by_length,
     extend,
+    of_prompt,
     processed,
     record,
-    repeat_output,
     result,
     rows_of,
     take,
 )
 from fmodels.generation.sample import NOTHING, Ask, Predicate, stopped
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
-from fmodels.types import Array, Output
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_choices
+from fmodels.types import Array
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ def group_beam_search(
     s, wide = beams // groups, max(2, 1 + ends) * (beams // groups)
     options = options.repeat(s)
 
-    def prompt(start: Start) -> tuple[State, Output]:
+    def prompt(start: Start) -> tuple[State, Next]:
         running = begin(start, beams, room)
         first = jnp.arange(beams) % s == 0
         trails = beams_by_group(running.trail)
@@ -123,20 +123,15 @@ def group_beam_search(
             done=jnp.zeros(trails.length.shape[:2], bool),
             more=jnp.ones((), bool),
         )
-        out = repeat_output(start.out, beams)
-        if ask != NOTHING:
-            kept = empty(jax.eval_shape(choose, state, out).running.kept)
-            state = state._replace(running=state.running._replace(kept=kept))
-        return state, out
+        return state, of_prompt(start, beams)
 
-    def read(state: State) -> tuple[State, Output]:
-        running, out = advance(model, state.running, ask)
-        return state._replace(running=running), out
+    def read(state: State) -> tuple[State, Next]:
+        running, says = advance(model, state.running, ask)
+        return state._replace(running=running), says
 
-    def choose(state: State, out: Output) -> State:
-        assert out.logits is not None
+    def choose(state: State, says: Next) -> State:
         running = state.running
-        logprobs = jax.nn.log_softmax(out.logits[:, -1], axis=-1)
+        logprobs = jax.nn.log_softmax(says.logits, axis=-1)
         everyone = Group(
             number=jnp.arange(groups, dtype=jnp.int32),
             logprobs=by_group(logprobs),
@@ -148,7 +143,7 @@ def group_beam_search(
         )
         taken = jnp.zeros((running.scores.shape[0], logprobs.shape[1]), jnp.float32)
         _, (everyone, rows) = jax.lax.scan(functools.partial(in_group, steps=running.steps + 1), taken, everyone)
-        running = record(running, ask, out, by_prompt(everyone.logprobs), room)
+        running = record(running, ask, says, by_prompt(everyone.logprobs), room)
         history, done = by_prompt(everyone.history), everyone.done
         enough = stopped(history, options, stops) | jnp.repeat(done.T.reshape(-1), s)
         more = ~done.all() & (running.steps + 1 < options.max_new_tokens) & ~enough.all()
@@ -199,7 +194,7 @@ def group_beam_search(
         found = jax.vmap(add)(state.found, trail, scores, jnp.broadcast_to(wanted, scores.shape))
         there = jax.vmap(lambda found: found.there)(found)
         trail, scores = in_order(*beams_by_prompt((found.trail, found.scores, there)))
-        return result(trail, scores, sequences, running.kept, options.pad)
+        return result(trail, scores, sequences, running, options.pad)
 
     def newest(state: State) -> Array:
         return state.running.history.last[::beams]
@@ -228,4 +223,4 @@ def group_beam_search(
         """Arrays `(g b s …)` as `(b g·s …)`."""
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], groups * s, *x.shape[3:]), trails)
 
-    return by_choices(prompt, read, choose, more, finish, newest)
+    return by_choices(prompt, read, choose, more, finish, newest, keeps=ask != NOTHING)

@@ -13,9 +13,9 @@ from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, marked, process, renormalize
 from fmodels.generation.sample import Ask
 from fmodels.generation.sampling import warp_logits
-from fmodels.generation.strategy import Model, Result, Start
+from fmodels.generation.strategy import Model, Next, Result, Start, last
 from fmodels.nn.cache import repeat_rows, take_rows
-from fmodels.types import Array, Cache, Output
+from fmodels.types import Array, Cache
 
 LOW = -1.0e9
 """transformers' score of what shall not be chosen."""
@@ -86,17 +86,13 @@ def begin(start: Start, beams: int, room: int) -> Running:
     )
 
 
-def repeat_output(out: Output, beams: int) -> Output:
-    """The logits of the prompts, and the hidden states of their last tokens, for each of their beams."""
-    assert out.logits is not None
-    states = out.hidden_states
-    return Output(
-        logits=jnp.repeat(out.logits, beams, axis=0),
-        hidden_states=None if states is None else jnp.repeat(states[:, :, -1:], beams, axis=1),
-    )
+def of_prompt(start: Start, beams: int) -> Next:
+    """What the model says after the prompts, for each of their beams."""
+    assert start.out.cache is not None
+    return last(start.out, start.out.cache.mask.shape[1]).repeat(beams)
 
 
-def advance(model: Model, running: Running, ask: Ask) -> tuple[Running, Output]:
+def advance(model: Model, running: Running, ask: Ask) -> tuple[Running, Next]:
     """One decode step of all beams, with the cache in their order."""
     cache = running.cache  # what the encoder has read is the same for all beams of a prompt
     cache = take_rows(cache._replace(cross=None), running.parents)._replace(cross=cache.cross)
@@ -105,10 +101,10 @@ def advance(model: Model, running: Running, ask: Ask) -> tuple[Running, Output]:
         history.last[:, None],
         (history.length - 1)[:, None],
         cache,
-        **({"hidden_states": True} if ask.hidden_states else {}),
+        keep=ask.keep,
     )
     assert out.cache is not None
-    return running._replace(cache=out.cache), Output(logits=out.logits, hidden_states=out.hidden_states)
+    return running._replace(cache=out.cache), last(out, out.cache.mask.shape[1])
 
 
 def processed(
@@ -133,19 +129,16 @@ def processed(
     return renormalize(marked(logprobs, history, options), options)
 
 
-def record(running: Running, ask: Ask, out: Output, logprobs: Array, room: int) -> Running:
+def record(running: Running, ask: Ask, says: Next, logprobs: Array, room: int) -> Running:
     """The beams with what is to be kept of a step; `logprobs` `(b·k v)` are processed."""
-    assert out.logits is not None
-    new: dict[str, Array] = {}
+    new = dict(says.layers)
     if ask.logits:
-        new["logits"] = out.logits[:, -1]
+        new["logits"] = says.logits
     if ask.scores:
         new["scores"] = logprobs
     if ask.top_logprobs:
         values, tokens = jax.lax.top_k(jax.nn.log_softmax(logprobs, axis=-1), ask.top_logprobs)
         new.update(top_logprobs=values, top_tokens=tokens.astype(jnp.int32))
-    if ask.hidden_states and out.hidden_states is not None:
-        new["hidden_states"] = out.hidden_states[:, :, -1].swapaxes(0, 1)
     kept = {}
     for name, x in new.items():
         buffer = running.kept.get(name)
@@ -212,7 +205,7 @@ def best_by_length(scores: Array, length: Array, options: Options, penalty: Arra
     return by_length(scores, jnp.where(longest, options.max_new_tokens, length), penalty)
 
 
-def result(best: Trail, scores: Array, sequences: int, kept: dict[str, Array], pad: Array) -> Result:
+def result(best: Trail, scores: Array, sequences: int, running: Running, pad: Array) -> Result:
     """The first `sequences` of the texts `(b m …)` as rows."""
     n = best.tokens.shape[-1]
     best, scores = jax.tree.map(lambda x: x[:, :sequences], (best, scores))
@@ -227,5 +220,6 @@ def result(best: Trail, scores: Array, sequences: int, kept: dict[str, Array], p
         logprobs=logprobs,
         sequence_scores=scores.reshape(-1),
         beam_indices=indices,
-        outputs=kept,
+        outputs=running.kept,
+        slots=running.cache.mask,
     )

@@ -12,15 +12,15 @@ from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process, renormalize
 from fmodels.generation.sampling import draw, row_keys, warp_logits
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_choices, empty
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_choices, last
 from fmodels.nn.cache import repeat_rows
-from fmodels.types import Array, Cache, Key, Output
+from fmodels.types import Array, Cache, Keep, Key
 
 Predicate = Callable[[History], Array]
 """A stopping criterion of the user's: the `History` to `(b)` bool, True where a row shall end."""
 
-Read = Callable[[Output], Array]
-"""The logits `(b v)` that stand for an `Output` with `hidden_states`."""
+Read = Callable[[Next], Array]
+"""The logits `(b v)` that stand for what the model says, with `hidden_states`."""
 
 
 class Ask(NamedTuple):
@@ -31,7 +31,8 @@ class Ask(NamedTuple):
         logits: the logits as they come, `(b n v)`.
         top_logprobs: how many of the likeliest tokens, with their log-probabilities `(b n k)`.
         hidden_states: the input of every layer and the last hidden state, of the newest token: `(b n l+1 d)`.
-        attentions: the weights of every layer, of the newest token over the slots of the cache: `(b n l h s)`.
+        attentions: the weights of every layer, of the newest token over the slots of the cache: `(b n l h s)`; and
+            `cross_attentions` over the encoder's tokens.
     """
 
     scores: bool = False
@@ -39,6 +40,11 @@ class Ask(NamedTuple):
     top_logprobs: int = 0
     hidden_states: bool = False
     attentions: bool = False
+
+    @property
+    def keep(self) -> Keep:
+        """What the model has to return for it."""
+        return Keep(self.hidden_states, self.attentions)
 
 
 NOTHING = Ask()
@@ -90,9 +96,10 @@ def sample(
         read: what is made of the model's output before all else; its last logits if None.
     """
     options = options.repeat(sequences)
+    keep = ask.keep if read is None else ask.keep._replace(hidden_states=True)
 
-    def begin(start: Start) -> tuple[State, Output]:
-        assert start.out.logits is not None and start.out.cache is not None
+    def begin(start: Start) -> tuple[State, Next]:
+        assert start.out.cache is not None
         history = said.repeat_rows(start.history, sequences)
         batch = history.end.shape[0]
         state = State(
@@ -104,16 +111,9 @@ def sample(
             keys=start.key if start.key.ndim else row_keys(start.key, batch),
             kept={},
         )
-        states = start.out.hidden_states
-        out = Output(
-            logits=jnp.repeat(start.out.logits, sequences, axis=0),
-            hidden_states=None if states is None else jnp.repeat(states[:, :, -1:], sequences, axis=1),
-        )
-        if ask != NOTHING:
-            state = state._replace(kept=empty(jax.eval_shape(choose, state, out).kept))
-        return state, out
+        return state, last(start.out, start.out.cache.mask.shape[1]).repeat(sequences)
 
-    def advance(state: State) -> tuple[State, Output]:
+    def advance(state: State) -> tuple[State, Next]:
         history = state.history
         alive = ~state.done
         out = model.decode(
@@ -121,15 +121,13 @@ def sample(
             (history.length - 1)[:, None],
             state.cache,
             mask=alive[:, None],
-            **({"hidden_states": True} if ask.hidden_states or read is not None else {}),
+            keep=keep,
         )
         assert out.cache is not None
-        return state._replace(cache=out.cache), Output(logits=out.logits, hidden_states=out.hidden_states)
+        return state._replace(cache=out.cache), last(out, out.cache.mask.shape[1])
 
-    def choose(state: State, out: Output) -> State:
-        assert out.logits is not None
-        raw = out.logits[:, -1]
-        logits = process(raw if read is None else read(out), state.history, options, processors)
+    def choose(state: State, says: Next) -> State:
+        logits = process(says.logits if read is None else read(says), state.history, options, processors)
         alive = ~state.done
         token, logprob = pick(logits, state.history, options, state.keys)
         history = said.append(state.history, token, alive, options.automata)
@@ -139,14 +137,8 @@ def sample(
             token=jnp.where(alive, token, options.pad),
             done=state.done | ended,
             logprobs=put_column(state.logprobs, logprob, jnp.where(alive, state.history.new, room)),
-            kept=keep(state, out, raw, logits),
+            kept=put(state.kept, wanted(ask, options, says, logits), jnp.where(alive, state.history.new, room), room),
         )
-
-    def keep(state: State, out: Output, raw: Array, logits: Array) -> dict[str, Array]:
-        states = out.hidden_states
-        new = wanted(ask, options, raw, logits, None if states is None else states[:, :, -1])
-        column = jnp.where(state.done, room, state.history.new)
-        return put(state.kept, new, column, room)
 
     def more(state: State) -> Array:
         return ~state.done.all()
@@ -160,12 +152,13 @@ def sample(
             logprobs=state.logprobs,
             cache=state.cache,
             outputs=state.kept,
+            slots=state.cache.mask,
         )
 
     def newest(state: State) -> Array:
         return state.token
 
-    return by_choices(begin, advance, choose, more, finish, newest)
+    return by_choices(begin, advance, choose, more, finish, newest, keeps=ask != NOTHING)
 
 
 def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[Array, Array]:
@@ -194,21 +187,18 @@ def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[
     return jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
 
 
-def wanted(
-    ask: Ask, options: Options, raw: Array, logits: Array, hidden_states: Array | None = None
-) -> dict[str, Array]:
+def wanted(ask: Ask, options: Options, says: Next, logits: Array) -> dict[str, Array]:
     """What `ask` asks for of one token of each row, by name.
 
     Args:
         ask: what is asked for.
         options: arrays.
-        raw: `(b v)`, the model's logits.
+        says: what the model says.
         logits: `(b v)`, processed.
-        hidden_states: `(l+1 b d)`.
     """
-    new: dict[str, Array] = {}
+    new = {name: x for name, x in says.layers.items() if name != "hidden_states" or ask.hidden_states}
     if ask.logits:
-        new["logits"] = raw
+        new["logits"] = says.logits
     if ask.scores or ask.top_logprobs:
         warped = jnp.where(options.rows.sample[:, None], warp_logits(logits, options.rows.warp), logits)
         warped = renormalize(warped, options)
@@ -217,8 +207,6 @@ def wanted(
         if ask.top_logprobs:
             values, tokens = jax.lax.top_k(jax.nn.log_softmax(warped, axis=-1), ask.top_logprobs)
             new.update(top_logprobs=values, top_tokens=tokens.astype(jnp.int32))
-    if ask.hidden_states and hidden_states is not None:
-        new["hidden_states"] = hidden_states.swapaxes(0, 1)
     return new
 
 

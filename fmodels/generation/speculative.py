@@ -24,7 +24,7 @@ from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor, process
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end, pick, put, put_column, stopped, wanted
 from fmodels.generation.sampling import row_keys
-from fmodels.generation.strategy import Model, Result, Start, Strategy, by_steps
+from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_steps, by_token, last
 from fmodels.nn.cache import grow, repeat_rows
 from fmodels.types import Array, Cache, Key
 
@@ -97,7 +97,6 @@ def speculative(
     """
     options = options.repeat(sequences)
     ahead = proposer.widths[-1]
-    want = {"hidden_states": True} if ask.hidden_states else {}
 
     def init(start: Start) -> State:
         out = start.out
@@ -116,22 +115,21 @@ def speculative(
             proposer=guesses,
             kept={},
         )
-        states = None if out.hidden_states is None else jnp.repeat(out.hidden_states[:, :, -1], sequences, axis=1)
-        state, _ = take(state, ~state.done, jnp.repeat(out.logits[:, -1], sequences, axis=0), states)
+        state, _ = take(state, ~state.done, last(out, state.cache.mask.shape[1]).repeat(sequences))
         return state._replace(step=state.step + 1)
 
     def step(state: State) -> State:
         history = state.history
         guesses, proposed = proposer.propose(state.proposer, history, options, state.keys)
-        logits, states, cache = read(history, jnp.where(state.done[:, None], -1, guesses), state.cache)
+        says, cache = read(history, jnp.where(state.done[:, None], -1, guesses), state.cache)
         guesses = jnp.pad(guesses, ((0, 0), (0, 1)), constant_values=-1)
 
         def check(carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
             place, holds, state = carry
-            raw = jax.lax.dynamic_index_in_dim(logits, place, axis=1, keepdims=False)
-            here = None if states is None else jax.lax.dynamic_index_in_dim(states, place, axis=2, keepdims=False)
-            guess = jax.lax.dynamic_index_in_dim(guesses, place, axis=1, keepdims=False)
-            state, token = take(state, holds, raw, here)
+            here, guess = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, place, axis=1, keepdims=False), (says, guesses)
+            )
+            state, token = take(state, holds, here)
             return place + 1, holds & ~state.done & (token == guess), state
 
         begin = (jnp.zeros((), jnp.int32), ~state.done, state._replace(cache=cache, proposer=proposed))
@@ -139,20 +137,19 @@ def speculative(
         cache = keep_first(new.cache, state.cache, new.history.end - history.end)
         return new._replace(cache=cache, step=state.step + 1)
 
-    def read(history: History, guesses: Array, cache: Cache) -> tuple[Array, Array | None, Cache]:
-        """Logits, hidden states and cache after the newest token and the guesses, with no more of them than there are."""
+    def read(history: History, guesses: Array, cache: Cache) -> tuple[Next, Cache]:
+        """What the model says `(b n …)` after the newest token and each guess, with no more of them than there are."""
         tokens = jnp.concatenate([history.last[:, None], jnp.maximum(guesses, 0)], axis=1)
         places = (history.length - 1)[:, None] + jnp.arange(ahead + 1, dtype=jnp.int32)[None]
         places = within(places, model.max_positions)
 
-        def first(width: int) -> Callable[[Cache], tuple[Array, Array | None, Cache]]:
-            def decode(cache: Cache) -> tuple[Array, Array | None, Cache]:
-                out = model.decode(tokens[:, : width + 1], places[:, : width + 1], cache, **want)
+        def first(width: int) -> Callable[[Cache], tuple[Next, Cache]]:
+            def decode(cache: Cache) -> tuple[Next, Cache]:
+                out = model.decode(tokens[:, : width + 1], places[:, : width + 1], cache, keep=ask.keep)
                 assert out.logits is not None and out.cache is not None
-                more, states = (0, ahead - width), out.hidden_states
-                if states is not None:
-                    states = jnp.pad(states, ((0, 0), (0, 0), more, (0, 0)))
-                return jnp.pad(out.logits, ((0, 0), more, (0, 0))), states, out.cache
+                says = Next(out.logits, by_token(out, out.cache.mask.shape[1]))
+                more = (0, ahead - width)
+                return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), more, *[(0, 0)] * (x.ndim - 2)]), says), out.cache
 
             return decode
 
@@ -160,27 +157,26 @@ def speculative(
             return first(ahead)(cache)
         count = (guesses >= 0).sum(-1, dtype=jnp.int32).max()
         which = (jnp.asarray(proposer.widths[:-1]) < count).sum(dtype=jnp.int32)
-        shapes = jax.eval_shape(first(ahead), cache)
-        logits, states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-        found = (logits, states, cache)
+        shapes, _ = jax.eval_shape(first(ahead), cache)
+        found = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), cache)
         # Loops that run once or not at all: XLA's CPU backend copies a whole cache for each branch of a switch.
         for place, width in enumerate(proposer.widths):
             decode = first(width)
             _, found = jax.lax.while_loop(
                 lambda carry, place=place: carry[0] == place,
-                lambda carry, decode=decode: (jnp.full((), -1, jnp.int32), decode(carry[1][2])),
+                lambda carry, decode=decode: (jnp.full((), -1, jnp.int32), decode(carry[1][1])),
                 (which, found),
             )
         return found
 
-    def take(state: State, alive: Array, raw: Array, states: Array | None) -> tuple[State, Array]:
+    def take(state: State, alive: Array, says: Next) -> tuple[State, Array]:
         """The state with another token in the rows that are `alive`, and that token."""
-        logits = process(raw, state.history, options, processors)
+        logits = process(says.logits, state.history, options, processors)
         token, logprob = pick(logits, state.history, options, state.keys)
         column = jnp.where(alive, state.history.new, room)
         history = said.append(state.history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(history, options, stops) | (history.new >= options.max_new_tokens)
-        new = wanted(ask, options, raw, logits, states)
+        new = wanted(ask, options, says, logits)
         state = state._replace(
             history=history,
             done=state.done | (alive & ended),
@@ -202,6 +198,7 @@ def speculative(
             logprobs=state.logprobs,
             cache=state.cache,
             outputs={**state.kept, "calls": state.calls},
+            slots=state.cache.mask,
         )
 
     return by_steps(init, step, more, finish, lambda state: state.history.last)

@@ -17,7 +17,7 @@ class Model(NamedTuple):
 
     Attributes:
         prefill: `(tokens (b t), mask (b t), slots, **want) -> Output`: logits `(b 1 v)` at each row's last token, and a
-            cache with room for `slots` tokens. `want` is `hidden_states=True` and the like.
+            cache with room for `slots` tokens. `want` is `keep=Keep(…)`.
         decode: `(tokens (b t), positions (b t), cache, mask=None, **want) -> Output`: logits `(b t v)`.
         head: hidden states `(b t d)` to logits `(b t v)`, without the final norm.
         max_positions: size of the table of positions, or None.
@@ -43,6 +43,46 @@ class Start(NamedTuple):
     key: Key
 
 
+class Next(NamedTuple):
+    """What the model says of each row's next token.
+
+    Attributes:
+        logits: `(b v)` float32.
+        layers: what is kept of the layers at the newest token, by name, as `by_token` without `t`.
+    """
+
+    logits: Array
+    layers: dict[str, Array]
+
+    def repeat(self, count: int) -> Next:
+        """Each row `count` times, side by side."""
+        return jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), self)
+
+
+def last(out: Output, slots: int) -> Next:
+    """After the last token of an output `(b t …)`; `slots` as in `by_token`."""
+    assert out.logits is not None
+    return Next(out.logits[:, -1], {name: x[:, -1] for name, x in by_token(out, slots).items()})
+
+
+def by_token(out: Output, slots: int) -> dict[str, Array]:
+    """What an output keeps of the layers: `hidden_states` `(b t l+1 d)`, `attentions` and `cross_attentions` `(b t l h s)`.
+
+    Args:
+        out: of the model.
+        slots: of the cache; the prefill may have seen only the first of them.
+    """
+    found: dict[str, Array] = {}
+    if out.hidden_states is not None:
+        found["hidden_states"] = jnp.moveaxis(out.hidden_states, 0, 2)
+    if out.attentions is not None:
+        weights = jnp.moveaxis(out.attentions, (3, 0), (1, 2))
+        found["attentions"] = jnp.pad(weights, [(0, 0)] * 4 + [(0, slots - weights.shape[-1])])
+    if out.cross_attentions is not None:
+        found["cross_attentions"] = jnp.moveaxis(out.cross_attentions, (3, 0), (1, 2))
+    return found
+
+
 class Result(NamedTuple):
     """What a strategy has made, a row for each sequence that is returned.
 
@@ -53,7 +93,8 @@ class Result(NamedTuple):
         sequence_scores: `(r)` float32, of beams.
         beam_indices: `(r n)` int32, of beams: the row of each token's logits, -1 after the end.
         cache: keys and values of all tokens but each row's last.
-        outputs: what was asked for, by name.
+        outputs: what was asked for, by name, a row for each row of the model; the last axis of `attentions` are slots.
+        slots: `(m s)` bool, of each row of the model: which slots of the cache hold the text.
     """
 
     tokens: Array
@@ -63,6 +104,7 @@ class Result(NamedTuple):
     beam_indices: Array | None = None
     cache: Cache | None = None
     outputs: dict[str, Array] = {}  # noqa: RUF012  a default that nothing writes to
+    slots: Array | None = None
 
 
 class Strategy(NamedTuple):
@@ -97,28 +139,35 @@ def by_steps(
 
 
 def by_choices(
-    begin: Callable[[Start], tuple[Any, Output]],
-    advance: Callable[[Any], tuple[Any, Output]],
-    choose: Callable[[Any, Output], Any],
+    begin: Callable[[Start], tuple[Any, Next]],
+    advance: Callable[[Any], tuple[Any, Next]],
+    choose: Callable[[Any, Next], Any],
     more: Callable[[Any], Array],
     finish: Callable[[Any], Result],
     newest: Callable[[Any], Array],
+    *,
+    keeps: bool,
 ) -> Strategy:
     """The strategy that makes the same choice after the prompt as after each step of the model.
 
     Choosing takes longer to compile than a small model does: `run` has one copy of it.
 
     Args:
-        begin: `Start` to a state without new tokens, and the model's output of the prompt in the form of `advance`.
-        advance: a state to the same with the newest tokens read, and the model's output.
-        choose: what is read and the model's output to a state with another token.
+        begin: `Start` to a state without new tokens, and what the model says after the prompt.
+        advance: a state to the same with the newest tokens read, and what the model says.
+        choose: what is read and what the model says to a state with another token.
         more: as in `Strategy`.
         finish: likewise.
         newest: likewise.
+        keeps: whether a state has room for what is kept of each token; that of `begin` need not have it yet.
     """
 
+    def prompt(start: Start) -> tuple[Any, Next]:
+        state, said = begin(start)
+        return (_complete(state, jax.eval_shape(choose, state, said)) if keeps else state), said
+
     def run(start: Start) -> Any:
-        def one(carry: tuple[Array, Any, Output]) -> tuple[Array, Any, Output]:
+        def one(carry: tuple[Array, Any, Next]) -> tuple[Array, Any, Next]:
             state = choose(*carry[1:])
             go = more(state)
             # A loop that runs once or not at all: XLA's CPU backend copies a whole cache for a branch.
@@ -127,13 +176,18 @@ def by_choices(
             )
             return go, state, out
 
-        return jax.lax.while_loop(lambda carry: carry[0], one, (jnp.ones((), bool), *begin(start)))[1]
+        return jax.lax.while_loop(lambda carry: carry[0], one, (jnp.ones((), bool), *prompt(start)))[1]
 
     return Strategy(
-        lambda start: choose(*begin(start)), lambda state: choose(*advance(state)), more, finish, newest, run
+        lambda start: choose(*prompt(start)), lambda state: choose(*advance(state)), more, finish, newest, run
     )
 
 
-def empty(shapes: dict[str, Any]) -> dict[str, Array]:
-    """Zeros of these shapes and dtypes."""
-    return {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+def _complete(state: Any, shapes: Any) -> Any:
+    """The state with zeros for those arrays of `shapes` that it does not have."""
+    there = dict(jax.tree_util.tree_leaves_with_path(state))
+
+    def fill(path: Any, x: Any) -> Array:
+        return there[path] if path in there else jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)

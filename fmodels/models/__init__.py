@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 from fmodels.models._base import Config, Family
 
 if TYPE_CHECKING:
+    from fmodels.models import albert as albert
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
+    from fmodels.models import camembert as camembert
+    from fmodels.models import distilbert as distilbert
+    from fmodels.models import electra as electra
     from fmodels.models import gpt2 as gpt2
     from fmodels.models import llama as llama
+    from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
+    from fmodels.models import roberta as roberta
+    from fmodels.models import roberta_prelayernorm as roberta_prelayernorm
     from fmodels.models import t5 as t5
+    from fmodels.models import xlm_roberta as xlm_roberta
 
 
 class Families(MutableMapping[str, Family]):
@@ -46,12 +54,20 @@ class Families(MutableMapping[str, Family]):
 
 
 FILES: dict[str, str] = {
+    "albert": "albert",
     "bart": "bart",
     "bert": "bert",
+    "camembert": "camembert",
+    "distilbert": "distilbert",
+    "electra": "electra",
     "gpt2": "gpt2",
     "llama": "llama",
+    "mpnet": "mpnet",
     "mt5": "mt5",
+    "roberta": "roberta",
+    "roberta-prelayernorm": "roberta_prelayernorm",
     "t5": "t5",
+    "xlm-roberta": "xlm_roberta",
 }
 """`model_type` -> file."""
 

@@ -54,6 +54,10 @@ SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schem
 """Fields that are sizes of axes."""
 
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Fields in which null says that there is none, and not that the default holds."""
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -105,8 +109,6 @@ class Config:
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
-    position_offset: ClassVar[int] = 0
-    """Rows of the table of positions before that of the first position."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 
@@ -127,6 +129,16 @@ class Config:
             raise ValueError(
                 f"{self.model_type}.Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
+
+    @property
+    def embedding_size(self) -> int:
+        """Of the rows of the token table, where it is not `hidden_size`."""
+        return self.hidden_size
+
+    @property
+    def position_offset(self) -> int:
+        """Rows of the table of positions before that of the first position."""
+        return 0
 
     @property
     def untied(self) -> bool:
@@ -164,7 +176,7 @@ class Config:
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
                 continue
             if key in spelling:
-                if value is not None:
+                if value is not None or spelling[key] in SPECIAL_TOKENS:
                     fields[spelling[key]] = tuple(value) if isinstance(value, list) else value
             elif key == "id2label":
                 if value:

@@ -16,11 +16,11 @@ from fmodels.nn import layers
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import last_real
-from fmodels.types import Array, Cache, Cross, Output, Params
+from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Output, Params
 from fmodels.weights.rules import Weights
 
 Stack = Callable[..., Output]
-"""`stack(params, config, part, tokens, present, *, positions, cache, cross, hidden_states)`: the layers of a `part`,
+"""`stack(params, config, part, tokens, present, *, positions, cache, cross, keep)`: the layers of a `part`,
 `"encoder"` or `"decoder"`, on `(b t)` tokens of which `present` `(b t)` bool are real."""
 
 
@@ -60,7 +60,7 @@ def family(config: type[Config], stack: Stack, weights: Weights, init: Callable[
 
 def encode(stack: Stack, params: Params, config: Config, tokens: Array, *, mask: Array | None = None) -> Cross:
     """Runs the encoder on `(b s)` tokens: the keys and values of the decoder's cross-attention, for `Cache.cross`."""
-    return _read(stack, params, config, tokens, mask, False)[1]
+    return _read(stack, params, config, tokens, mask, NOTHING)[1]
 
 
 def forward(
@@ -75,12 +75,12 @@ def forward(
     positions: Array | None = None,
     cache: Cache | None = None,
     select: Array | None = None,
-    hidden_states: bool = False,
+    keep: Keep = NOTHING,
 ) -> Output:
     """The model on `(b s)` tokens and `(b t)` decoder tokens; see `fmodels.forward`."""
     if (part := config.ONE_PART.get(config.task)) is not None:
         assert tokens is not None
-        given: dict[str, Any] = {"positions": positions, "cache": cache, "hidden_states": hidden_states}
+        given: dict[str, Any] = {"positions": positions, "cache": cache, "keep": keep}
         return _head(
             params, config, stack(params, config, part, tokens, _present(tokens, mask), **given), tokens, select
         )
@@ -90,7 +90,7 @@ def forward(
     if cross is None:
         if tokens is None:
             raise ValueError("forward: without tokens the cache must hold what the encoder has read of them")
-        encoded, cross = _read(stack, params, config, tokens, mask, hidden_states)
+        encoded, cross = _read(stack, params, config, tokens, mask, keep)
     out = stack(
         params,
         config,
@@ -100,17 +100,21 @@ def forward(
         positions=positions,
         cache=None if cache is None else cache._replace(cross=cross),
         cross=cross,
-        hidden_states=hidden_states,
+        keep=keep,
     )
-    out = out._replace(encoder_hidden=encoded.hidden, encoder_hidden_states=encoded.hidden_states)
+    out = out._replace(
+        encoder_hidden=encoded.hidden,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
+    )
     return _head(params, config, out, tokens, select)
 
 
 def _read(
-    stack: Stack, params: Params, config: Config, tokens: Array, mask: Array | None, hidden_states: bool
+    stack: Stack, params: Params, config: Config, tokens: Array, mask: Array | None, keep: Keep
 ) -> tuple[Output, Cross]:
     present = _present(tokens, mask)
-    out = stack(params, config, "encoder", tokens, present, hidden_states=hidden_states)
+    out = stack(params, config, "encoder", tokens, present, keep=keep)
     assert out.hidden is not None
     return out, layers.cross(params["decoder"]["layers"], out.hidden, present)
 

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
 from fmodels.models import _seq2seq
 from fmodels.models._base import init_normal
 from fmodels.nn import layers
@@ -21,7 +19,7 @@ from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import columns
-from fmodels.types import Array, Cache, Cross, Output, Params
+from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
 BOTH = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
@@ -59,7 +57,6 @@ class Config(_seq2seq.Config):
     decoder_start_token_id: int = 2
 
     model_type: ClassVar[str] = "bart"
-    position_offset: ClassVar[int] = 2
     counts_columns: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
@@ -101,6 +98,10 @@ class Config(_seq2seq.Config):
     }
     ONE_PART: ClassVar[Mapping[str, str]] = {"causal-lm": "decoder"}
     SHIFTS: ClassVar[tuple[str, ...]] = BOTH
+
+    @property
+    def position_offset(self) -> int:
+        return 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +186,7 @@ def stack(
     positions: Array | None = None,
     cache: Cache | None = None,
     cross: Cross | None = None,
-    hidden_states: bool = False,
+    keep: Keep = NOTHING,
 ) -> Output:
     """The encoder or the decoder on `(b t)` tokens; positions count columns, whatever the mask, as in transformers."""
     own = params[part]
@@ -196,7 +197,7 @@ def stack(
         y, slot = attention(p["attention"], x, seen, slot=slot)
         x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
         if cross is not None:
-            y = cross_attention(p["cross_attention"], x, p["cross"], cross.mask)
+            y, slot = cross_attention(p["cross_attention"], x, p["cross"], cross.mask, slot=slot)
             x = layer_norm(p["cross_attention_norm"], x + y, config.norm_eps)
         return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
 
@@ -205,9 +206,8 @@ def stack(
     x = embed(tables, tokens, positions + config.position_offset, scale=scale)
     x = layer_norm(own["embed"]["norm"], x, config.norm_eps)
     blocks = own["layers"] if cross is None else layers.with_cross(own["layers"], cross)
-    hidden, cache, inputs = layers.run(layer, blocks, x, cache, present, collect=hidden_states)
-    states = None if inputs is None else jnp.concatenate([inputs, hidden[None]])
-    return Output(hidden=hidden, cache=cache, hidden_states=states)
+    ran = layers.run(layer, blocks, x, cache, present, keep=keep)
+    return ran.onto(Output(hidden=ran.x, cache=ran.cache), ran.x)
 
 
 FAMILY = _seq2seq.family(Config, stack, WEIGHTS, functools.partial(init_normal, WEIGHTS))

@@ -24,7 +24,7 @@ from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import last_real, of_call
-from fmodels.types import Array, Cache, Key, Output, Params
+from fmodels.types import NOTHING, Array, Cache, Keep, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
 ATTENTION = tuple(f"layers.attention.{name}" for name in ("query", "key", "value"))
@@ -152,7 +152,7 @@ def forward(
     token_types: Array | None = None,
     cache: Cache | None = None,
     select: Array | None = None,
-    hidden_states: bool = False,
+    keep: Keep = NOTHING,
 ) -> Output:
     """GPT-2 on `(b t)` tokens; see `fmodels.forward`. Token types are rows of the token table, as in transformers."""
     present, positions = of_call(tokens, mask, positions, cache)
@@ -172,12 +172,12 @@ def forward(
         x = x + y
         return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
-    x, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
-    hidden = layer_norm(params["final_norm"], x, config.norm_eps)
-    out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=cache, select=select)
+    ran = layers.run(layer, params["layers"], x, cache, present, keep=keep)
+    hidden = layer_norm(params["final_norm"], ran.x, config.norm_eps)
+    out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=ran.cache, select=select)
     if config.task == "double-heads":
         out = out._replace(sequence_logits=_summary(params, config, hidden, mask))
-    return out if inputs is None else out._replace(hidden_states=jnp.concatenate([inputs, hidden[None]]))
+    return ran.onto(out, hidden)
 
 
 def _summary(params: Params, config: Config, hidden: Array, mask: Array | None) -> Array:

@@ -10,8 +10,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, decoder_head, init_normal
 from fmodels.nn import layers
@@ -20,7 +18,7 @@ from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import rms_norm
 from fmodels.nn.positions import Rope, of_call, rope_tables
-from fmodels.types import Array, Cache, Output, Params
+from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
 ROPE_KEYS = {
@@ -221,7 +219,7 @@ def forward(
     token_types: Array | None = None,
     cache: Cache | None = None,
     select: Array | None = None,
-    hidden_states: bool = False,
+    keep: Keep = NOTHING,
 ) -> Output:
     """Llama on `(b t)` tokens; see `fmodels.forward`."""
     if token_types is not None:
@@ -238,10 +236,10 @@ def forward(
         return x + mlp(p["mlp"], rms_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
     x = embed(params["embed"], tokens)
-    x, cache, inputs = layers.run(layer, params["layers"], x, cache, present, collect=hidden_states)
-    hidden = rms_norm(params["final_norm"], x, config.norm_eps)
-    out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=cache, select=select)
-    return out if inputs is None else out._replace(hidden_states=jnp.concatenate([inputs, hidden[None]]))
+    ran = layers.run(layer, params["layers"], x, cache, present, keep=keep)
+    hidden = rms_norm(params["final_norm"], ran.x, config.norm_eps)
+    out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=ran.cache, select=select)
+    return ran.onto(out, hidden)
 
 
 init = functools.partial(init_normal, WEIGHTS)

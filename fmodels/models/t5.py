@@ -19,7 +19,7 @@ from fmodels.nn.attention import attend, attention, cross_attention, with_distan
 from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import rms_norm
-from fmodels.types import Array, Cache, Cross, Key, Output, Params
+from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
 DECODER = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
@@ -196,7 +196,7 @@ def stack(
     positions: Array | None = None,
     cache: Cache | None = None,
     cross: Cross | None = None,
-    hidden_states: bool = False,
+    keep: Keep = NOTHING,
 ) -> Output:
     """The encoder or the decoder on `(b t)` tokens."""
     if positions is not None:
@@ -215,14 +215,14 @@ def stack(
         x = x + y
         if cross is not None:
             y = rms_norm(p["cross_attention_norm"], x, config.norm_eps)
-            x = x + cross_attention(p["cross_attention"], y, p["cross"], cross.mask, scale=1.0)
+            y, slot = cross_attention(p["cross_attention"], y, p["cross"], cross.mask, slot=slot, scale=1.0)
+            x = x + y
         return x + mlp(p["mlp"], rms_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
 
     blocks = own["layers"] if cross is None else layers.with_cross(own["layers"], cross)
-    x, cache, inputs = layers.run(layer, blocks, embed(params["embed"], tokens), cache, present, collect=hidden_states)
-    hidden = rms_norm(own["final_norm"], x, config.norm_eps)
-    states = None if inputs is None else jnp.concatenate([inputs, hidden[None]])
-    return Output(hidden=hidden, cache=cache, hidden_states=states)
+    ran = layers.run(layer, blocks, embed(params["embed"], tokens), cache, present, keep=keep)
+    hidden = rms_norm(own["final_norm"], ran.x, config.norm_eps)
+    return ran.onto(Output(hidden=hidden, cache=ran.cache), hidden)
 
 
 def init(config: Config, key: Key, *, dtype: Any = "float32") -> Params:

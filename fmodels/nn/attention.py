@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels.arrays import precision, take
-from fmodels.nn.cache import Slot, read, write
+from fmodels.nn.cache import NO_SLOT, Slot, read, write
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import distance_buckets, rotate
 from fmodels.types import Array, Cache, Params
@@ -65,7 +65,13 @@ def attend(present: Array, cache: Cache | None = None, *, causal: bool) -> Atten
 
 
 def with_distances(
-    seen: Attend, table: Array, cache: Cache | None = None, *, causal: bool, max_distance: int
+    seen: Attend,
+    table: Array,
+    cache: Cache | None = None,
+    *,
+    causal: bool,
+    max_distance: int,
+    count: int | None = None,
 ) -> Attend:
     """Adds T5's bias by the distance from query to key, counted in columns, or slots of the cache, padding included.
 
@@ -75,13 +81,14 @@ def with_distances(
         cache: as in `attend`.
         causal: whether all buckets are for keys before the query, or half of them.
         max_distance: from which on all distances share a bucket.
+        count: of buckets, where it is not the table's.
     """
     t = seen.new.shape[1]
     columns = jnp.arange(t, dtype=jnp.int32)
 
     def bias(queries: Array, keys: Array) -> Array:
         distances = keys[None, None, :] - queries[:, :, None]
-        buckets = distance_buckets(distances, table.shape[0], causal=causal, max_distance=max_distance)
+        buckets = distance_buckets(distances, count or table.shape[0], causal=causal, max_distance=max_distance)
         return jnp.moveaxis(take(table, buckets).astype(jnp.float32), -1, 1)
 
     old = None
@@ -96,17 +103,17 @@ def attention(
     x: Array,
     seen: Attend,
     *,
-    slot: Slot | None = None,
+    slot: Slot = NO_SLOT,
     rope: tuple[Array, Array] | None = None,
     scale: Any = None,
-) -> tuple[Array, Slot | None]:
+) -> tuple[Array, Slot]:
     """`softmax(q kᵀ · scale) v`, with as many query heads per key-value head as the weights have.
 
     Args:
         params: `query` `(h k d)`, `key` and `value` `(g k d)`, `output` `(d h k)`, each with an optional bias.
         x: `(b t d)`.
         seen: from `attend`.
-        slot: this layer's place in the cache; keys and values of `x` are written there.
+        slot: this layer's place in the cache; keys and values of `x` are written there, and the weights if it keeps them.
         rope: cosines and sines from `rope_tables`.
         scale: of the scores; `1 / sqrt(k)` if None.
 
@@ -122,14 +129,26 @@ def attention(
     if rope is not None:
         query, key = rotate(query, rope), rotate(key, rope)
     parts = [Part(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new, seen.new_bias)]
-    if slot is not None and seen.old is not None:
+    if slot.keys is not None and seen.old is not None:
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
-    context = dot_product(query, parts, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    slot = None if slot is None else write(slot, key, value, context)
+    context, weights = dot_product(query, parts, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    slot = slot.keep(weights[0] if len(weights) == 1 else _by_slot(weights[0], weights[1], slot.start))
+    if slot.keys is not None:
+        slot = write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def cross_attention(params: Params, x: Array, read: tuple[Array, Array], mask: Array, *, scale: Any = None) -> Array:
+def _by_slot(old: Array, new: Array, start: Array) -> Array:
+    """The weights of the slots of a cache `(b h t s)`, with those of the new tokens `(b h t t)` in the slots from `start`."""
+    since = jnp.arange(old.shape[-1], dtype=jnp.int32)[None] - jnp.atleast_1d(start)[:, None]
+    inside = (since >= 0) & (since < new.shape[-1])
+    index = jnp.broadcast_to(jnp.where(inside, since, 0)[:, None, None], old.shape)
+    return jnp.where(inside[:, None, None], jnp.take_along_axis(new, index, axis=-1), old)
+
+
+def cross_attention(
+    params: Params, x: Array, read: tuple[Array, Array], mask: Array, *, slot: Slot = NO_SLOT, scale: Any = None
+) -> tuple[Array, Slot]:
     """Attention of `x` to what an encoder has read.
 
     Args:
@@ -137,11 +156,16 @@ def cross_attention(params: Params, x: Array, read: tuple[Array, Array], mask: A
         x: `(b t d)`.
         read: keys and values, from `keys_and_values`.
         mask: `(b s)` bool, which of them are real.
+        slot: keeps the weights, if it does.
         scale: of the scores; `1 / sqrt(k)` if None.
+
+    Returns:
+        `(b t d)` and the slot.
     """
     query = linear(params["query"], x, "btd,hkd->bthk")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return linear(params["output"], dot_product(query, [Part(*read, mask[:, None, :])], scale), "bthk,dhk->btd")
+    context, weights = dot_product(query, [Part(*read, mask[:, None, :])], scale)
+    return linear(params["output"], context, "bthk,dhk->btd"), slot.keep(weights[0])
 
 
 def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
@@ -150,8 +174,8 @@ def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
     return key, value
 
 
-def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> Array:
-    """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side; returns `(b t h k)`.
+def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> tuple[Array, list[Array]]:
+    """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side.
 
     The queries of a group become the rows of one matrix, `n` of them: on CPU, XLA's products and softmax over arrays of
     four axes run at up to three times the speed of those over five.
@@ -160,6 +184,9 @@ def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> Array:
         query: `(b t h k)`.
         parts: keys and values, and which of them each query sees.
         scale: of the scores.
+
+    Returns:
+        `(b t h k)`, and the weights of each part `(b h t s)`.
     """
     b, t, h, k = query.shape
     groups = parts[0][0].shape[1]
@@ -185,4 +212,4 @@ def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> Array:
         jnp.einsum("bgns,bgsk->bgnk", w, part.values.astype(rows.dtype), precision=full)
         for w, part in zip(weights, parts, strict=True)
     )
-    return jnp.asarray(context).reshape(b, h, t, k).swapaxes(1, 2)
+    return jnp.asarray(context).reshape(b, h, t, k).swapaxes(1, 2), [w.reshape(b, h, t, -1) for w in weights]

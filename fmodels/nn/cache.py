@@ -17,16 +17,28 @@ class Slot(NamedTuple):
     """What one layer sees of the cache: the arrays that it writes to, its place in them, and where to write.
 
     Attributes:
-        keys: `(l b g s k)` with `layer`, or this layer's own `(b g s k)` without; of 8 bits if they are `Scaled`.
+        keys: `(l b g s k)` with `layer`, or this layer's own `(b g s k)` without; of 8 bits if they are `Scaled`; None
+            where there is no cache.
         values: as `keys`.
         layer: index into the leading axis, or None.
         start: int32, the slot of the first new token: `()`, or `(b)` where rows are at different places.
+        weights: `(b h t s)` of the layer's attentions so far, in the order in which they are called; None where nobody
+            asks for them.
     """
 
-    keys: Any
-    values: Any
-    layer: Any
-    start: Array
+    keys: Any = None
+    values: Any = None
+    layer: Any = None
+    start: Any = None
+    weights: tuple[Array, ...] | None = None
+
+    def keep(self, weights: Array) -> Slot:
+        """With the weights of another attention, if they are asked for."""
+        return self if self.weights is None else self._replace(weights=(*self.weights, weights))
+
+
+NO_SLOT = Slot()
+"""Of a layer without a cache."""
 
 
 def init_cache(params: Params, batch: int, length: int, *, quantized: bool = False) -> Cache:

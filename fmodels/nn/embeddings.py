@@ -20,14 +20,14 @@ def embed(
     """The sum of the rows of the tables that `params` has.
 
     Args:
-        params: `tokens` `(v d)` and, optionally, `positions` `(p d)` and `types` `(n d)`.
+        params: `tokens` `(v e)` and, optionally, `positions` `(p e)` and `types` `(n e)`.
         tokens: `(b t)` int.
         positions: `(b t)` int, for the table of positions.
         types: `(b t)` int, for the table of token types; zeros if None.
         scale: of the rows of the token table.
 
     Returns:
-        `(b t d)` in the dtype of the token table.
+        `(b t e)` in the dtype of the token table.
     """
     x = take(params["tokens"], tokens)
     x = x if scale is None else x * jnp.asarray(scale, x.dtype)
@@ -39,7 +39,7 @@ def embed(
 
 
 def lm_logits(params: Params, hidden: Array) -> Array:
-    """Logits over the vocabulary, float32 `(b t v)`; without `lm_head.weight` the token table is the head (tied)."""
+    """Logits over the vocabulary, float32 `(b t v)`, of `(b t e)`; without `lm_head.weight` the token table is the head (tied)."""
     head = params.get("lm_head", {})
     weight = head.get("weight", params["embed"]["tokens"])
     bias = {"bias": head["bias"]} if "bias" in head else {}

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fmodels.nn.attention import keys_and_values
-from fmodels.nn.cache import Slot, extend
-from fmodels.types import Array, Cache, Cross, Params
+from fmodels.nn.cache import NO_SLOT, Slot, extend
+from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Output, Params
 
-Layer = Callable[[Params, Any, Array, Slot | None], tuple[Array, Slot | None]]
+Layer = Callable[[Params, Any, Array, Slot], tuple[Array, Slot]]
 """`layer(params, index, x, slot) -> (x, slot)`"""
+
+
+class Ran(NamedTuple):
+    """What the layers have made.
+
+    Attributes:
+        x: `(b t d)`.
+        cache: with the new tokens in it.
+        inputs: `(l b t d)`, of every layer; None where nobody asks.
+        weights: of the layers' attentions, `(l b h t s)` for each that a layer has, or a tuple of `(b h t s)` where layers
+            differ; empty where nobody asks.
+    """
+
+    x: Array
+    cache: Cache | None
+    inputs: Array | None
+    weights: tuple[Any, ...]
+
+    def onto(self, out: Output, hidden: Array) -> Output:
+        """The output with what is kept of the layers; `hidden` `(b t d)` is the last of the hidden states."""
+        states = None if self.inputs is None else jnp.concatenate([self.inputs, hidden[None]])
+        attentions, cross = (*self.weights, None, None)[:2]
+        return out._replace(hidden_states=states, attentions=attentions, cross_attentions=cross)
 
 
 def run(
@@ -23,8 +46,9 @@ def run(
     cache: Cache | None = None,
     present: Array | None = None,
     *,
-    collect: bool = False,
-) -> tuple[Array, Cache | None, Array | None]:
+    keep: Keep = NOTHING,
+    order: Sequence[int] | None = None,
+) -> Ran:
     """Applies the layers in turn.
 
     Args:
@@ -33,14 +57,15 @@ def run(
         x: `(b t d)`.
         cache: carried through and returned with the new tokens in it.
         present: `(b t)` bool, which of the new tokens are real; for the cache.
-        collect: also return the input of every layer.
-
-    Returns:
-        `x`, the cache, and `(l b t d)` or None.
+        keep: what to return beside.
+        order: which layer is applied at each step, where that is not each of them once; then there is no cache.
     """
+    if order is not None and cache is not None:
+        raise ValueError("layers.run: layers that are applied in an order of their own have no cache")
     run_all = _scan if isinstance(layers, Mapping) else _unroll
-    x, cache, inputs = run_all(layer, layers, x, cache, collect)  # pyright: ignore[reportArgumentType]
-    return x, extend(cache, present) if cache is not None and present is not None else cache, inputs
+    ran = run_all(layer, layers, x, cache, keep, order)  # pyright: ignore[reportArgumentType]
+    cache = ran.cache
+    return ran if cache is None or present is None else ran._replace(cache=extend(cache, present))
 
 
 def cross(layers: Params | Sequence[Params], encoded: Array, mask: Array) -> Cross:
@@ -63,25 +88,26 @@ def with_cross(layers: Params | Sequence[Params], cross: Cross) -> Params | Sequ
 
 
 def _unroll(
-    layer: Layer, layers: Sequence[Params], x: Array, cache: Cache | None, collect: bool
-) -> tuple[Array, Cache | None, Array | None]:
-    inputs = []
+    layer: Layer, layers: Sequence[Params], x: Array, cache: Cache | None, keep: Keep, order: Sequence[int] | None
+) -> Ran:
+    inputs, weights = [], []
     keys, values = (list(cache.keys), list(cache.values)) if cache is not None else ([], [])
-    for i, params in enumerate(layers):
+    for i in range(len(layers)) if order is None else order:
         inputs.append(x)
-        x, slot = layer(params, i, x, None if cache is None else Slot(keys[i], values[i], None, cache.length))
-        if slot is not None:
+        slot = NO_SLOT if cache is None else Slot(keys[i], values[i], None, cache.length)
+        x, slot = layer(layers[i], i, x, slot._replace(weights=() if keep.attentions else None))
+        weights.append(slot.weights or ())
+        if cache is not None:
             keys[i], values[i] = slot.keys, slot.values
     if cache is not None:
         same = isinstance(cache.keys, tuple)
         keys, values = (tuple(a) if same else jnp.stack(a) for a in (keys, values))
         cache = cache._replace(keys=keys, values=values)
-    return x, cache, jnp.stack(inputs) if collect else None
+    found = tuple(jnp.stack(w) if len({x.shape for x in w}) == 1 else w for w in zip(*weights, strict=True))
+    return Ran(x, cache, jnp.stack(inputs) if keep.hidden_states else None, found)
 
 
-def _scan(
-    layer: Layer, layers: Params, x: Array, cache: Cache | None, collect: bool
-) -> tuple[Array, Cache | None, Array | None]:
+def _scan(layer: Layer, layers: Params, x: Array, cache: Cache | None, keep: Keep, order: Sequence[int] | None) -> Ran:
     depth = jax.tree.leaves(layers)[0].shape[0]
     kv = None if cache is None else (cache.keys, cache.values)
     if kv is not None and isinstance(kv[0], tuple):
@@ -90,11 +116,15 @@ def _scan(
     def body(carry: Any, item: Any) -> Any:
         x, kv = carry
         params, index = item
-        slot = None if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length)
-        y, slot = layer(params, index, x, slot)
-        return (y, None if slot is None else (slot.keys, slot.values)), x if collect else None
+        if order is not None:
+            params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
+        slot = NO_SLOT if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length)
+        y, slot = layer(params, index, x, slot._replace(weights=() if keep.attentions else None))
+        kept = (x if keep.hidden_states else None, slot.weights or ())
+        return (y, None if kv is None else (slot.keys, slot.values)), kept
 
-    (x, kv), inputs = jax.lax.scan(body, (x, kv), (layers, jnp.arange(depth, dtype=jnp.int32)))
+    numbers = jnp.arange(depth, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
+    (x, kv), (inputs, weights) = jax.lax.scan(body, (x, kv), (layers if order is None else None, numbers))
     if cache is not None and kv is not None:
         cache = cache._replace(keys=kv[0], values=kv[1])
-    return x, cache, inputs
+    return Ran(x, cache, inputs, weights)

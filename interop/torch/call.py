@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import fmodels as fm
+from fmodels.types import Keep
 from interop.torch.arrays import to_jax, to_tensor
 
 FIELDS = (
-    "logits", "hidden", "pooled", "sequence_logits", "hidden_states", "encoder_hidden", "encoder_hidden_states",
+    "logits", "hidden", "pooled", "sequence_logits", "hidden_states", "encoder_hidden", "encoder_hidden_states", "attentions",
+    "cross_attentions", "encoder_attentions",
 )  # fmt: skip
 """The fields of `fm.Output` that `TorchModel` returns."""
 
@@ -22,9 +24,9 @@ FIELDS = (
 class Call:
     """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran."""
 
-    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, hidden_states: bool) -> None:
+    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, keep: Keep) -> None:
         self.names, self.inputs = names, inputs
-        self.static = {"config": config, "hidden_states": hidden_states}
+        self.static = {"config": config, "keep": keep}
         self.fields: list[str] = []
 
     def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
@@ -74,17 +76,15 @@ class Differentiable(torch.autograd.Function):
         return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
-def _run(tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, hidden_states: bool) -> dict[str, jax.Array]:
-    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, hidden_states=hidden_states)
+@functools.partial(jax.jit, static_argnames=("config", "keep"))
+def _run(tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, keep: Keep) -> dict[str, jax.Array]:
+    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **keep._asdict())
     return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "hidden_states"))
-def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, hidden_states: bool) -> tuple[Any, Any]:
-    return jax.vjp(
-        lambda tensors: _run({**tensors, **fixed}, inputs, config=config, hidden_states=hidden_states), trained
-    )
+@functools.partial(jax.jit, static_argnames=("config", "keep"))
+def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, keep: Keep) -> tuple[Any, Any]:
+    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, keep=keep), trained)
 
 
 @jax.jit

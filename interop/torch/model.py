@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fmodels as fm
+from fmodels import schema
+from fmodels.types import Keep
 from interop.torch.arrays import kind_of, to_tensor
 from interop.torch.call import Call, Differentiable
 from interop.torch.convert import from_torch, to_torch
@@ -31,6 +33,9 @@ class TorchOutput:
         hidden_states: `(l+1 b t d)`, on request.
         encoder_hidden: `(b s d)`, of encoder-decoder models.
         encoder_hidden_states: `(l+1 b s d)`, on request.
+        attentions: `(l b h t t)`, on request, weights of attention.
+        cross_attentions: `(l b h t s)`, on request, of a decoder to what the encoder has read.
+        encoder_attentions: `(l b h s s)`, on request, of the encoder.
     """
 
     logits: Tensor | None = None
@@ -40,6 +45,9 @@ class TorchOutput:
     hidden_states: Tensor | None = None
     encoder_hidden: Tensor | None = None
     encoder_hidden_states: Tensor | None = None
+    attentions: Tensor | None = None
+    cross_attentions: Tensor | None = None
+    encoder_attentions: Tensor | None = None
 
     @property
     def last_hidden_state(self) -> Tensor | None:
@@ -108,6 +116,7 @@ class TorchModel(nn.Module):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
     ) -> TorchOutput:
         """Runs the model; see `fm.forward`. The names of transformers are accepted for the same inputs.
 
@@ -125,12 +134,17 @@ class TorchModel(nn.Module):
             decoder_input_ids: another name of `decoder_tokens`.
             decoder_attention_mask: another name of `decoder_mask`.
             hidden_states: also return the input of every layer.
+            attentions: also return the weights of every attention.
 
         Raises:
             TypeError: inputs that are not integer tensors, or that are given under both names.
             ValueError: wrong shapes; tokens, positions or types outside of their tables; parameters that are not on the
-                CPU, or that no longer fit `.config`.
+                CPU, or that no longer fit `.config`; `attentions` of layers that differ in their heads.
         """
+        if attentions and schema.is_ragged(self.config):
+            raise ValueError(
+                "TorchModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+            )
         inputs = read_inputs(
             self.config,
             tokens=either("tokens", tokens, "input_ids", input_ids),
@@ -141,7 +155,7 @@ class TorchModel(nn.Module):
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = self._tensors()
-        call = Call(list(tensors), inputs, self.config, hidden_states)
+        call = Call(list(tensors), inputs, self.config, Keep(hidden_states, attentions))
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
         else:

@@ -1,0 +1,319 @@
+"""What the encoders after BERT have in common: their configs, their layers, and their heads.
+
+Source: Devlin et al. 2018; matches transformers' `modeling_bert` and what was copied from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from fmodels.models._base import Config as BaseConfig
+from fmodels.models._base import Family, at, init_normal
+from fmodels.nn import layers
+from fmodels.nn.attention import attend, attention, with_distances
+from fmodels.nn.embeddings import embed, lm_logits
+from fmodels.nn.linear import activation, linear
+from fmodels.nn.mlp import mlp
+from fmodels.nn.norms import layer_norm
+from fmodels.nn.positions import columns, of_call
+from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
+from fmodels.weights.rules import Rule, Weights
+
+LM = ("masked-lm", "causal-lm", "pretraining")
+CLASSES = ("sequence-classification", "multiple-choice")
+TOKEN_CLASSES = ("token-classification", "question-answering")
+BUCKETS = 32
+"""Of distances, whatever the size of their table is, as in MPNet."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """The config of an encoder; the defaults are BERT base's.
+
+    Attributes:
+        causal: whether a token sees only those before it (`is_decoder`).
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    head_dim: int = 64
+    max_positions: int = 512
+    num_token_types: int = 2
+    norm_eps: float = 1e-12
+    activation: str = "gelu"
+    causal: bool = False
+    pad_token_id: int | None = 0
+
+    HF: ClassVar[Mapping[str, str]] = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "activation": "hidden_act",
+        "max_positions": "max_position_embeddings",
+        "num_token_types": "type_vocab_size",
+        "norm_eps": "layer_norm_eps",
+        "initializer_range": "initializer_range",
+        "causal": "is_decoder",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+        "pad_token_id": "pad_token_id",
+        "tie_word_embeddings": "tie_word_embeddings",
+    }
+    IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
+        """attention_probs_dropout_prob hidden_dropout_prob classifier_dropout directionality pooler_fc_size
+        pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type""".split()
+    )
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"position_embedding_type": ("absolute", None)}
+    pre_norm: ClassVar[bool] = False
+    """Whether norms stand before the blocks, with one more at the end."""
+
+    @property
+    def padding_index(self) -> int | None:
+        """The token that takes no position, where positions do not count columns; its number is also their offset."""
+        return None
+
+    @property
+    def counts_columns(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.padding_index is None
+
+    @property
+    def position_offset(self) -> int:
+        return 0 if self.padding_index is None else self.padding_index + 1
+
+    @property
+    def pooler_activation(self) -> str:
+        """Of what a head makes of the first token."""
+        return "tanh"
+
+    @property
+    def lm_activation(self) -> str:
+        """Of the transformation before a language model's head."""
+        return self.activation
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Which layer is applied at each step, where that is not each of them once."""
+        return None
+
+    @classmethod
+    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        keys = cls.HF["hidden_size"], cls.HF["num_heads"]
+        hidden, heads = data.get(keys[0], cls.hidden_size), data.get(keys[1], cls.num_heads)
+        fields.update(num_kv_heads=heads, head_dim=hidden // heads)
+        if hidden % heads:
+            problems.append(f"{keys[0]}={hidden} is not a multiple of {keys[1]}={heads}")
+        return set()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaddedConfig(Config):
+    """The config of an encoder whose tokens count from the row after that of padding, as in fairseq.
+
+    `max_positions` are those that a text can take: the table has `position_offset` rows more, which
+    `max_position_embeddings` counts.
+    """
+
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    HF: ClassVar[Mapping[str, str]] = {key: value for key, value in Config.HF.items() if key != "max_positions"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.padding_index is None:
+            raise ValueError(f"{self.model_type}.Config: positions are counted from pad_token_id, which is None")
+
+    @property
+    def padding_index(self) -> int | None:
+        return self.pad_token_id
+
+    @classmethod
+    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        known = {key: data[key] for key in ("pad_token_id",) if key in data}
+        if known.get("pad_token_id", 1) is not None and "max_position_embeddings" in data:
+            fields["max_positions"] = data["max_position_embeddings"] - cls(task="base", **known).position_offset
+        return {"max_position_embeddings"} | super().read_special(data, fields, problems)
+
+    def write_special(self) -> dict[str, Any]:
+        return {"max_position_embeddings": self.max_positions + self.position_offset, **super().write_special()}
+
+
+def rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """The rules of the base model's affine maps, norms and tables, name on disk without `.weight` -> leaf."""
+    found: list[Rule] = []
+    for name, leaf in names.items():
+        kind = "scale" if leaf.endswith("norm") else "weight"
+        weight, bias = LAYOUTS.get(leaf, (None, None))
+        table = leaf in TABLES
+        found.append(Rule(f"@{name}.weight", leaf if table else f"{leaf}.{kind}", weight))
+        found += [] if table else [Rule(f"@{name}.bias", f"{leaf}.bias", bias)]
+    return tuple(found)
+
+
+TABLES = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
+"""Leaves that are tables of embeddings."""
+
+
+LAYOUTS = {
+    "layers.attention.query": ("(h k) d", "(h k)"),
+    "layers.attention.key": ("(g k) d", "(g k)"),
+    "layers.attention.value": ("(g k) d", "(g k)"),
+    "layers.attention.output": ("d (h k)", None),
+}
+"""How the projections lie on disk: weight and bias."""
+
+EMBEDDINGS = {
+    "embeddings.word_embeddings": "embed.tokens",
+    "embeddings.position_embeddings": "embed.positions",
+    "embeddings.token_type_embeddings": "embed.types",
+    "embeddings.LayerNorm": "embed.norm",
+}
+"""BERT's names before the layers."""
+
+LAYER = {
+    "encoder.layer.{l}.attention.self.query": "layers.attention.query",
+    "encoder.layer.{l}.attention.self.key": "layers.attention.key",
+    "encoder.layer.{l}.attention.self.value": "layers.attention.value",
+    "encoder.layer.{l}.attention.output.dense": "layers.attention.output",
+    "encoder.layer.{l}.attention.output.LayerNorm": "layers.attention_norm",
+    "encoder.layer.{l}.intermediate.dense": "layers.mlp.up",
+    "encoder.layer.{l}.output.dense": "layers.mlp.down",
+    "encoder.layer.{l}.output.LayerNorm": "layers.mlp_norm",
+}
+"""BERT's names in a layer."""
+
+
+def head(name: str, leaf: str, *tasks: str, optional: bool = False, bias: bool = True) -> tuple[Rule, ...]:
+    """The rules of an affine map or a norm of these tasks' heads."""
+    kind = "scale" if leaf.endswith("norm") else "weight"
+    weight = Rule(f"{name}.weight", f"{leaf}.{kind}", tasks=tasks, optional=optional)
+    return (weight, Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, optional=optional)) if bias else (weight,)
+
+
+def pooler(name: str, *tasks: str) -> tuple[Rule, ...]:
+    """The rules of a pooler that models of these tasks have, and base models may have."""
+    return head(name, "pooler", *tasks) + head(name, "pooler", "base", optional=True)
+
+
+def lm_head(dense: str, norm: str, decoder: str, bias: str, *tasks: str, norm_first: bool = False) -> tuple[Rule, ...]:
+    """The rules of a language model's head whose bias has a name of its own beside the decoder's.
+
+    Untied, transformers 5 has two biases and reads only the decoder's; the other is kept for its bytes.
+    """
+    transform = (head(dense, "lm_transform.dense", *tasks), head(norm, "lm_transform.norm", *tasks))
+    first, second = reversed(transform) if norm_first else transform
+    return (
+        *first,
+        *second,
+        Rule(bias, "lm_head.bias", tasks=tasks, when="tie_word_embeddings"),
+        Rule(f"{decoder}.weight", "lm_head.weight", tasks=tasks, when="untied"),
+        Rule(f"{decoder}.bias", "lm_head.bias", tasks=tasks, when="untied"),
+        Rule(bias, "lm_head.spare_bias", tasks=tasks, when="untied", optional=True),
+    )
+
+
+def weights(prefix: str, rules: tuple[Rule, ...], *, decoder: str = "", bias: str = "") -> Weights:
+    """The layout map, with the tied names of a `lm_head`."""
+    tied = {f"{decoder}.weight": "embed.tokens", f"{decoder}.bias": "lm_head.bias"} if decoder else {}
+    return Weights(
+        prefix={"": prefix},
+        tied=tied,
+        renames={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+        ignored=(r"embeddings\.(position_ids|token_type_ids)$",),
+        fallbacks={f"{decoder}.bias": bias} if bias else {},
+        stand_ins={"lm_head.spare_bias": "lm_head.bias"} if bias else {},
+        rules=rules,
+    )
+
+
+def family(config: type[Config], weights: Weights) -> Family:
+    """The family with this layout map."""
+    return Family(config, forward, weights, functools.partial(init_normal, weights))
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens: Array,
+    *,
+    mask: Array | None = None,
+    positions: Array | None = None,
+    token_types: Array | None = None,
+    cache: Cache | None = None,
+    select: Array | None = None,
+    keep: Keep = NOTHING,
+) -> Output:
+    """The model on `(b t)` tokens; see `fmodels.forward`. Positions count columns, or tokens that are not padding."""
+    if cache is not None and not config.causal:
+        raise ValueError(
+            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
+        )
+    if token_types is not None and "types" not in params["embed"]:
+        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+    places = _places(config, tokens, cache) if positions is None else positions
+    present, places = of_call(tokens, mask, places, cache)
+    seen = attend(present, cache, causal=config.causal)
+    if "distances" in params["embed"]:
+        table = params["embed"]["distances"]
+        seen = with_distances(seen, table, cache, causal=config.causal, max_distance=128, count=BUCKETS)
+
+    def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
+        if config.pre_norm:
+            y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot)
+            x = x + y
+            return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
+        y, slot = attention(p["attention"], x, seen, slot=slot)
+        x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
+        return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
+
+    x = embed(params["embed"], tokens, places + config.position_offset, token_types)
+    x = layer_norm(params["embed"]["norm"], x, config.norm_eps)
+    if "projection" in params["embed"]:
+        x = linear(params["embed"]["projection"], x, "bte,de->btd")
+    ran = layers.run(layer, params["layers"], x, cache, present, keep=keep, order=config.order)
+    hidden = layer_norm(params["final_norm"], ran.x, config.norm_eps) if config.pre_norm else ran.x
+    return ran.onto(_head(params, config, Output(hidden=hidden, cache=ran.cache), select), hidden)
+
+
+def _places(config: Config, tokens: Array, cache: Cache | None) -> Array:
+    """The default positions `(b t)`; -1 is that of padding."""
+    if config.padding_index is None:
+        return columns(tokens, cache)
+    real = tokens != config.padding_index
+    before = 0 if cache is None else cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+    return jnp.where(real, jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1 + before, -1)
+
+
+def _head(params: Params, config: Config, out: Output, select: Array | None) -> Output:
+    hidden = out.hidden
+    assert hidden is not None
+    if config.task == "replaced-token-detection":
+        x = activation(config.activation)(linear(params["pooler"], hidden, "btd,ed->bte"))
+        return out._replace(logits=linear(params["classifier"], x)[..., 0].astype(jnp.float32))
+    if "pooler" in params:
+        vector = linear(params["pooler"], hidden[:, 0], "bd,ed->be")
+        out = out._replace(pooled=activation(config.pooler_activation)(vector))
+    if config.task in LM:
+        chosen = hidden if select is None else at(hidden, select)[:, None]
+        transform = params["lm_transform"]
+        x = activation(config.lm_activation)(linear(transform["dense"], chosen, "btd,ed->bte"))
+        out = out._replace(logits=lm_logits(params, layer_norm(transform["norm"], x, config.norm_eps)))
+    if config.task in TOKEN_CLASSES:
+        return out._replace(logits=linear(params["classifier"], hidden).astype(jnp.float32))
+    if "classifier" not in params:
+        return out
+    assert out.pooled is not None
+    logits = linear(params["classifier"], out.pooled, "bd,cd->bc").astype(jnp.float32)
+    return out._replace(sequence_logits=logits) if config.task == "pretraining" else out._replace(logits=logits)

@@ -1,0 +1,97 @@
+"""ALBERT: narrow embeddings, and a few layers that are each applied many times.
+
+Source: Lan et al. 2019; matches transformers' `modeling_albert`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fmodels.models import _encoder
+from fmodels.models._encoder import CLASSES, head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_encoder.Config):
+    """ALBERT's config; the defaults are those of version 2's base model.
+
+    Attributes:
+        num_layers: with weights of their own, `num_hidden_groups`.
+        depth: how many layers are applied, `num_hidden_layers`.
+    """
+
+    vocab_size: int = 30000
+    embedding_size: int = 128  # pyright: ignore[reportIncompatibleMethodOverride]
+    num_layers: int = 1
+    depth: int = 12
+    activation: str = "gelu_new"
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 3
+
+    model_type: ClassVar[str] = "albert"
+    HF: ClassVar[Mapping[str, str]] = {
+        **{key: value for key, value in _encoder.Config.HF.items() if key != "causal"},
+        "embedding_size": "embedding_size",
+        "num_layers": "num_hidden_groups",
+        "depth": "num_hidden_layers",
+    }
+    IRRELEVANT: ClassVar[frozenset[str]] = _encoder.Config.IRRELEVANT | {"classifier_dropout_prob"}
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_encoder.Config.DEFAULTS,
+        "inner_group_num": (1,),
+        "down_scale_factor": (1,),
+        "gap_size": (0,),
+        "net_structure_type": (0,),
+        "num_memory_blocks": (0,),
+        "layers_to_keep": ([],),
+    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
+        "base": "AlbertModel",
+        "masked-lm": "AlbertForMaskedLM",
+        "pretraining": "AlbertForPreTraining",
+        "sequence-classification": "AlbertForSequenceClassification",
+        "token-classification": "AlbertForTokenClassification",
+        "question-answering": "AlbertForQuestionAnswering",
+        "multiple-choice": "AlbertForMultipleChoice",
+    }
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        return tuple(int(i / (self.depth / self.num_layers)) for i in range(self.depth))
+
+
+AT = "encoder.albert_layer_groups.{l}.albert_layers.0"
+
+WEIGHTS = _encoder.weights(
+    "albert",
+    (
+        *_encoder.rules(
+            {
+                **_encoder.EMBEDDINGS,
+                "encoder.embedding_hidden_mapping_in": "embed.projection",
+                f"{AT}.full_layer_layer_norm": "layers.mlp_norm",
+                f"{AT}.attention.query": "layers.attention.query",
+                f"{AT}.attention.key": "layers.attention.key",
+                f"{AT}.attention.value": "layers.attention.value",
+                f"{AT}.attention.dense": "layers.attention.output",
+                f"{AT}.attention.LayerNorm": "layers.attention_norm",
+                f"{AT}.ffn": "layers.mlp.up",
+                f"{AT}.ffn_output": "layers.mlp.down",
+            }
+        ),
+        *_encoder.pooler("@pooler", "pretraining", *CLASSES),
+        *_encoder.lm_head(
+            "predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias", "masked-lm",
+            "pretraining", norm_first=True,
+        ),
+        *head("sop_classifier.classifier", "classifier", "pretraining"),
+        *head("classifier", "classifier", "token-classification", *CLASSES),
+        *head("qa_outputs", "classifier", "question-answering"),
+    ),
+    decoder="predictions.decoder",
+    bias="predictions.bias",
+)  # fmt: skip
+
+FAMILY = _encoder.family(Config, WEIGHTS)

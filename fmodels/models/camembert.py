@@ -1,0 +1,27 @@
+"""CamemBERT: RoBERTa for French.
+
+Source: Martin et al. 2019; matches transformers' `modeling_camembert`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _encoder, roberta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(roberta.Config):
+    """As RoBERTa's; the defaults are the base model's."""
+
+    vocab_size: int = 32005
+
+    model_type: ClassVar[str] = "camembert"
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
+        task: name.replace("Roberta", "Camembert") for task, name in roberta.Config.ARCHITECTURES.items()
+    }
+
+
+FAMILY = _encoder.family(Config, roberta.WEIGHTS)

@@ -1,0 +1,78 @@
+"""MPNet: RoBERTa with a bias of the scores by distance, which all layers share.
+
+Source: Song et al. 2020; matches transformers' `modeling_mpnet`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _encoder, roberta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_encoder.PaddedConfig):
+    """MPNet's config; the defaults are the base model's.
+
+    Attributes:
+        num_buckets: rows of the table of distances; 32 of them are used.
+    """
+
+    vocab_size: int = 30527
+    norm_eps: float = 1e-5
+    num_buckets: int = 32
+
+    model_type: ClassVar[str] = "mpnet"
+    HF: ClassVar[Mapping[str, str]] = {
+        **{k: v for k, v in _encoder.PaddedConfig.HF.items() if k not in ("num_token_types", "causal")},
+        "num_buckets": "relative_attention_num_buckets",
+    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
+        "base": "MPNetModel",
+        "masked-lm": "MPNetForMaskedLM",
+        "sequence-classification": "MPNetForSequenceClassification",
+        "token-classification": "MPNetForTokenClassification",
+        "question-answering": "MPNetForQuestionAnswering",
+        "multiple-choice": "MPNetForMultipleChoice",
+    }
+
+    @property
+    def padding_index(self) -> int | None:
+        return 1  # whatever pad_token_id is
+
+    @property
+    def lm_activation(self) -> str:
+        return "gelu"
+
+
+ATTENTION = {
+    "attention.self.query": "attention.attn.q",
+    "attention.self.key": "attention.attn.k",
+    "attention.self.value": "attention.attn.v",
+    "attention.output.dense": "attention.attn.o",
+    "attention.output.LayerNorm": "attention.LayerNorm",
+}
+"""BERT's names and these."""
+
+
+def _own(name: str) -> str:
+    for theirs, own in ATTENTION.items():
+        name = name.replace(theirs, own)
+    return name
+
+
+WEIGHTS = _encoder.weights(
+    "mpnet",
+    (
+        *_encoder.rules({k: v for k, v in _encoder.EMBEDDINGS.items() if v != "embed.types"}),
+        *_encoder.rules({_own(k): v for k, v in _encoder.LAYER.items()}),
+        *_encoder.rules({"encoder.relative_attention_bias": "embed.distances"}),
+        *roberta.HEADS,
+    ),
+    decoder="lm_head.decoder",
+    bias="lm_head.bias",
+)
+
+FAMILY = _encoder.family(Config, WEIGHTS)

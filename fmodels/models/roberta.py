@@ -1,0 +1,67 @@
+"""RoBERTa: BERT without next sentences, whose positions count from the row after that of padding.
+
+Source: Liu et al. 2019; matches transformers' `modeling_roberta`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _encoder
+from fmodels.models._encoder import head
+from fmodels.weights.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_encoder.PaddedConfig):
+    """RoBERTa's config; the defaults are RoBERTa base's."""
+
+    vocab_size: int = 50265
+    num_token_types: int = 1
+    norm_eps: float = 1e-5
+
+    model_type: ClassVar[str] = "roberta"
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
+        "base": "RobertaModel",
+        "masked-lm": "RobertaForMaskedLM",
+        "causal-lm": "RobertaForCausalLM",
+        "sequence-classification": "RobertaForSequenceClassification",
+        "token-classification": "RobertaForTokenClassification",
+        "question-answering": "RobertaForQuestionAnswering",
+        "multiple-choice": "RobertaForMultipleChoice",
+    }
+
+    @property
+    def lm_activation(self) -> str:
+        return "gelu"
+
+
+EMBEDDINGS = {
+    "embeddings.word_embeddings": "embed.tokens",
+    "embeddings.token_type_embeddings": "embed.types",
+    "embeddings.LayerNorm": "embed.norm",
+    "embeddings.position_embeddings": "embed.positions",
+}
+"""BERT's names in RoBERTa's order."""
+
+HEADS: tuple[Rule, ...] = (
+    *_encoder.pooler("@pooler.dense", "multiple-choice"),
+    *head("classifier.dense", "pooler", "sequence-classification"),
+    *_encoder.lm_head(
+        "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "masked-lm", "causal-lm"
+    ),
+    *head("classifier.out_proj", "classifier", "sequence-classification"),
+    *head("classifier", "classifier", "token-classification", "multiple-choice"),
+    *head("qa_outputs", "classifier", "question-answering"),
+)
+
+WEIGHTS = _encoder.weights(
+    "roberta",
+    (*_encoder.rules(EMBEDDINGS | _encoder.LAYER), *HEADS),
+    decoder="lm_head.decoder",
+    bias="lm_head.bias",
+)
+
+FAMILY = _encoder.family(Config, WEIGHTS)
