@@ -14,8 +14,8 @@ from fmodels.generation.options import Options, Processor
 from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.models import Config, family
-from fmodels.nn.cache import grow, init_cache, put_rows, set_rows
-from fmodels.nn.embeddings import lm_logits
+from fmodels.models._base import logits_of
+from fmodels.nn.cache import grow, init_cache, put_rows, rings, set_rows
 from fmodels.nn.positions import from_mask
 from fmodels.strategies import maker
 from fmodels.types import Array, Cache, Key, Output, Params
@@ -93,6 +93,10 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             want["positions"] = positions
         return forward(params, config, None, decoder_tokens=tokens, decoder_mask=mask, cache=cache, **want)
 
+    # What is kept, or came from an earlier call, may have padding between tokens: no rings for that.
+    ahead = dict(plan.settings).get("tokens", 0)
+    ring = config if inputs.cache is None and not plan.keep_cache else None
+
     def prefill(tokens: Array, mask: Array, slots: int, *, before: Cache | None = None, **want: Any) -> Output:
         chunk = plan.chunk
         if chunk is not None and tokens.shape[1] > chunk and tokens.shape[1] % chunk:  # whole chunks
@@ -105,7 +109,9 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             cache = init_cache(params, batch, width, quantized=plan.quantized)._replace(cross=cross)
         else:
             cache = (
-                init_cache(params, batch, slots, quantized=plan.quantized)._replace(cross=cross)
+                init_cache(params, batch, slots, quantized=plan.quantized, config=ring, ahead=ahead)._replace(
+                    cross=cross
+                )
                 if before is None
                 else before
             )
@@ -129,13 +135,14 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             if outs.hidden is not None:
                 out = out._replace(hidden=outs.hidden.swapaxes(0, 1).reshape(batch, width, -1))
         assert out.cache is not None
-        return out._replace(cache=grow(out.cache, slots))
+        sizes = None if ring is None else rings(params, ring, slots, ahead=ahead)
+        return out._replace(cache=grow(out.cache, slots, sizes))
 
     def decode(tokens: Array, positions: Array, cache: Cache, mask: Array | None = None, **want: Any) -> Output:
         return run(tokens, mask, positions, cache, **want)
 
     def head(hidden: Array) -> Array:
-        return lm_logits(params, hidden)
+        return logits_of(params, config, hidden)
 
     table = params["embed"].get("positions")
     model = Model(prefill, decode, head, None if table is None else table.shape[0])

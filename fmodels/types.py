@@ -31,7 +31,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far; an argument of `forward` and part of what it returns.
 
     Attributes:
-        keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape.
+        keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape. Of layers with a window they may have
+            fewer slots than `mask`: a ring, in which column `c` of `mask` has the slot `c % s`.
         values: as `keys`.
         mask: `(b s)` bool, True where a slot holds a real token.
         length: int32, the number of slots written so far, which is the slot of the next token: `()` for all rows, or

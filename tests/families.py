@@ -44,6 +44,21 @@ BART = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 37, "decoder_ffn_dim": 29, "max_position_embeddings": 32,
     "init_std": 0.2, "pad_token_id": 3, "eos_token_id": 1, "decoder_start_token_id": 2,
 }  # fmt: skip
+SMALL = {name: value for name, value in LLAMA.items() if name != "head_dim"} | {"num_attention_heads": 4}
+GEMMA2 = LLAMA | {"sliding_window": 3, "query_pre_attn_scalar": 7}
+GRANITE = LLAMA | {
+    "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention", "full_attention"]
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
+NESTED = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+DECODERS = frozenset(
+    """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
+    stablelm""".split()
+)
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
 
@@ -82,7 +97,7 @@ class Case:
     @property
     def causal(self) -> bool:
         """Whether a padded place may see no token at all."""
-        return self.family in ("gpt2", "llama") or self.task == "causal-lm" or self.pair
+        return self.family in DECODERS or self.task == "causal-lm" or self.pair
 
     @property
     def pair(self) -> bool:
@@ -121,6 +136,68 @@ CASES = (
     Case("llama/sequence-classification", "LlamaForSequenceClassification", LLAMA | THREE),
     Case("llama/token-classification", "LlamaForTokenClassification", LLAMA | THREE),
     Case("llama/question-answering", "LlamaForQuestionAnswering", LLAMA),
+    Case("mistral/base", "MistralModel", LLAMA),
+    Case("mistral/causal-lm", "MistralForCausalLM", LLAMA | {"sliding_window": 3}),
+    Case("mistral/sequence-classification", "MistralForSequenceClassification", LLAMA | {"sliding_window": None} | THREE),
+    Case("mistral/token-classification", "MistralForTokenClassification", LLAMA | {"sliding_window": None} | THREE),
+    Case("mistral/question-answering", "MistralForQuestionAnswering", LLAMA | {"sliding_window": None}),
+    Case("qwen2/base", "Qwen2Model", SMALL | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+    Case("qwen2/causal-lm", "Qwen2ForCausalLM", SMALL | {"num_attention_heads": 6, "tie_word_embeddings": True}),
+    Case("qwen2/sequence-classification", "Qwen2ForSequenceClassification", SMALL | THREE),
+    Case("qwen2/token-classification", "Qwen2ForTokenClassification", SMALL | THREE),
+    Case("qwen2/question-answering", "Qwen2ForQuestionAnswering", SMALL),
+    Case("qwen3/base", "Qwen3Model", LLAMA),
+    Case(
+        "qwen3/causal-lm", "Qwen3ForCausalLM",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 1, "attention_bias": True},
+    ),
+    Case("qwen3/sequence-classification", "Qwen3ForSequenceClassification", LLAMA | THREE),
+    Case("qwen3/token-classification", "Qwen3ForTokenClassification", LLAMA | THREE),
+    Case("qwen3/question-answering", "Qwen3ForQuestionAnswering", LLAMA),
+    Case("gemma/base", "GemmaModel", LLAMA),
+    Case("gemma/causal-lm", "GemmaForCausalLM", LLAMA | {"hidden_act": "gelu", "attention_bias": True}),
+    Case("gemma/sequence-classification", "GemmaForSequenceClassification", LLAMA | THREE),
+    Case("gemma/token-classification", "GemmaForTokenClassification", LLAMA | THREE),
+    Case("gemma2/base", "Gemma2Model", GEMMA2),
+    Case("gemma2/causal-lm", "Gemma2ForCausalLM", GEMMA2 | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
+    Case("gemma2/causal-lm/no-caps", "Gemma2ForCausalLM", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    Case("gemma2/sequence-classification", "Gemma2ForSequenceClassification", GEMMA2 | THREE),
+    Case("gemma2/token-classification", "Gemma2ForTokenClassification", GEMMA2 | THREE),
+    Case("gemma3_text/base", "Gemma3TextModel", GEMMA2 | {"rope_parameters": NESTED}),
+    Case("gemma3_text/causal-lm", "Gemma3ForCausalLM", GEMMA2 | {"layer_types": MIXED, "final_logit_softcapping": 2.0}),
+    Case("gemma3_text/sequence-classification", "Gemma3TextForSequenceClassification", GEMMA2 | THREE),
+    Case("phi3/base", "Phi3Model", SMALL),
+    Case("phi3/causal-lm", "Phi3ForCausalLM", SMALL | {"sliding_window": 4}),
+    Case(
+        "phi3/causal-lm/long", "Phi3ForCausalLM",
+        SMALL | {"original_max_position_embeddings": 4, "rope_parameters": LONG, "initializer_range": 0.1},
+    ),
+    Case("phi3/sequence-classification", "Phi3ForSequenceClassification", SMALL | THREE),
+    Case("phi3/token-classification", "Phi3ForTokenClassification", SMALL | THREE),
+    Case("phi/base", "PhiModel", SMALL | {"hidden_size": 32}),
+    Case("phi/causal-lm", "PhiForCausalLM", SMALL | {"hidden_size": 32, "qk_layernorm": True, "num_key_value_heads": 4}),
+    Case("phi/sequence-classification", "PhiForSequenceClassification", SMALL | {"hidden_size": 32} | THREE),
+    Case("phi/token-classification", "PhiForTokenClassification", SMALL | {"hidden_size": 32} | THREE),
+    Case("olmo2/base", "Olmo2Model", LLAMA),
+    Case("olmo2/causal-lm", "Olmo2ForCausalLM", LLAMA | {"attention_bias": True}),
+    Case("olmo2/sequence-classification", "Olmo2ForSequenceClassification", LLAMA | THREE),
+    Case("smollm3/base", "SmolLM3Model", LLAMA | {"use_sliding_window": True, "sliding_window": 3, "no_rope_layer_interval": 2}),
+    Case("smollm3/causal-lm", "SmolLM3ForCausalLM", LLAMA | {"no_rope_layers": [0, 1, 0], "attention_bias": True, "mlp_bias": True}),
+    Case("smollm3/sequence-classification", "SmolLM3ForSequenceClassification", LLAMA | THREE),
+    Case("smollm3/token-classification", "SmolLM3ForTokenClassification", LLAMA | THREE),
+    Case("smollm3/question-answering", "SmolLM3ForQuestionAnswering", LLAMA),
+    Case("granite/base", "GraniteModel", GRANITE),
+    Case("granite/causal-lm", "GraniteForCausalLM", GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    Case("cohere/base", "CohereModel", LLAMA),
+    Case("cohere/causal-lm", "CohereForCausalLM", LLAMA | {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
+    Case("starcoder2/base", "Starcoder2Model", SMALL),
+    Case("starcoder2/causal-lm", "Starcoder2ForCausalLM", SMALL | {"sliding_window": 3, "use_bias": False}),
+    Case("starcoder2/sequence-classification", "Starcoder2ForSequenceClassification", SMALL | {"sliding_window": 5} | THREE),
+    Case("starcoder2/token-classification", "Starcoder2ForTokenClassification", SMALL | {"sliding_window": 5} | THREE),
+    Case("stablelm/base", "StableLmModel", SMALL | {"hidden_size": 32, "use_qkv_bias": True}),
+    Case("stablelm/causal-lm", "StableLmForCausalLM", SMALL | {"hidden_size": 32, "use_parallel_residual": True}),
+    Case("stablelm/sequence-classification", "StableLmForSequenceClassification", SMALL | {"hidden_size": 32} | THREE),
+    Case("stablelm/token-classification", "StableLmForTokenClassification", SMALL | {"hidden_size": 32} | THREE),
     Case("bert/base", "BertModel", BERT, token_types=3),
     Case("bert/base/no-pooler", "BertModel", BERT, {"add_pooling_layer": False}),
     Case("bert/masked-lm", "BertForMaskedLM", BERT, token_types=3),
@@ -327,7 +404,7 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
         named["token_type_ids"] = tensors["token_types"]
     if "decoder_tokens" in tensors:
         named |= {"decoder_input_ids": tensors["decoder_tokens"], "decoder_attention_mask": tensors["decoder_mask"]}
-    if "positions" in tensors and model.config.model_type in ("gpt2", "llama"):  # others count in ways of their own
+    if "positions" in tensors and model.config.model_type in DECODERS:  # others count in ways of their own
         named |= {"position_ids": tensors["positions"].flatten(0, -2), "use_cache": False}
     if type(model).__name__.endswith("DoubleHeadsModel"):
         columns = torch.arange(named["input_ids"].shape[-1])

@@ -16,7 +16,9 @@ from fmodels.models import FAMILIES, _template
 from fmodels.nn import positions
 from tests import families
 
-CAUSAL = [c.name for c in families.CASES if c.task == "causal-lm"]
+# Where the table of angles depends on the length of the text, keys that are cached were turned by another table, as in
+# transformers.
+CAUSAL = [c.name for c in families.CASES if c.task == "causal-lm" and not c.name.endswith("/long")]
 SEQ2SEQ = [c.name for c in families.CASES if c.task == "seq2seq-lm"]
 PLAIN = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
 PAIRS = ["t5/seq2seq-lm", "bart/seq2seq-lm"]
@@ -281,13 +283,6 @@ def test_traced_once(case, name, monkeypatch):
     chex.clear_trace_counter()
 
 
-def interleaved(x, tables):
-    """The other pairing of rotary embeddings, `(x[2i], x[2i+1])`: GPT-J's, wrong for Llama."""
-    cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = x[..., ::2], x[..., 1::2]
-    return jnp.stack([first * cos - second * sin, second * cos + first * sin], -1).reshape(x.shape)
-
-
 MUTATIONS = {
     "wrong eps gpt2": ("gpt2/causal-lm", {"norm_eps": 1e-6}, None),
     "wrong eps llama": ("llama/causal-lm", {"norm_eps": 1e-5}, None),
@@ -313,6 +308,30 @@ MUTATIONS = {
     "no query bias bart": ("bart/base", {}, "decoder.layers.cross_attention.query.bias"),
     "shared table": ("bart/seq2seq-lm/untied", {}, "decoder.embed.tokens"),
     "other start": ("bart/base", {"decoder_start_token_id": 4}, None),
+    "wider window": ("mistral/causal-lm", {"sliding_window": 4}, None),
+    "narrower window": ("gemma2/causal-lm", {"sliding_window": 2}, None),
+    "window in other layers": ("qwen2/base", {"layer_types": ("sliding_attention",) * 3}, None),
+    "scores as they are": ("gemma2/causal-lm", {"attention_cap": None}, None),
+    "logits as they are": ("gemma3_text/causal-lm", {"logit_cap": None}, None),
+    "wrong scale of scores": ("gemma2/base", {"query_pre_attn_scalar": 10}, None),
+    "one rotary base": ("gemma3_text/base", {"local_rope": positions.Rope()}, None),
+    "no query norm": ("qwen3/base", {}, "layers.attention.query_norm"),
+    "no joint norm": ("olmo2/base", {}, "layers.attention.key_norms"),
+    "norm after": ("olmo2/base", {}, "layers.mlp_after_norm"),
+    "no head norm": ("cohere/causal-lm", {}, "layers.attention.key_norms"),
+    "logits unscaled": ("cohere/causal-lm", {"logit_scale": 1.0}, None),
+    "residual unscaled": ("granite/base", {"residual_multiplier": 1.0}, None),
+    "embedding unscaled": ("granite/base", {"embedding_multiplier": 1.0}, None),
+    "rotates all": ("stablelm/base", {"rope": positions.Rope()}, None),
+    "serial": ("stablelm/causal-lm", {"parallel": False}, None),
+    "positions everywhere": ("smollm3/causal-lm", {"no_rope_layers": (1, 1, 1)}, None),
+    "no bias of head": ("phi/causal-lm", {}, "lm_head.bias"),
+    "wrong eps phi": ("phi/base", {"norm_eps": 1e-3}, None),
+    "long factors": ("phi3/causal-lm/long", {"rope": positions.Rope(theta=100.0)}, None),
+    "padding counts": ("roberta/base", {"pad_token_id": 2}, None),
+    "other order": ("albert/base", {"num_layers": 5}, None),
+    "no distances": ("mpnet/base", {}, "embed.distances"),
+    "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 
 
@@ -327,7 +346,7 @@ def test_mutation_fails(case, mutation):
 
 def test_swapped_rope_pairing_fails(case, monkeypatch):
     loaded = case("llama/causal-lm")
-    monkeypatch.setattr(nn.attention, "rotate", interleaved)
+    monkeypatch.setattr(fm.models.llama.Config, "interleaved", True)
     config = dataclasses.replace(loaded.config, bos_token_id=59)  # not the compiled one
     with pytest.raises(AssertionError, match="departs"):
         check_parity(loaded, config=config)

@@ -37,8 +37,10 @@ def tree_picture() -> str:
         head = f"{grand}." if grand else ""
         middle = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
         tail = leaves if " " not in leaves else "{" + leaves.replace(" ", ",") + "}"
-        text.append(f"{head}{middle}.{tail}".ljust(58) + f"({axes})")
-    return "\n".join(["```", *text, "```"])
+        text.append(f"{head}{middle}.{tail}".ljust(54) + f"({axes})")
+    half = (len(text) + 1) // 2  # in two columns
+    pairs = zip(text[:half], [*text[half:], *[""] * (2 * half - len(text))], strict=True)
+    return "\n".join(["```", *(f"{left:66}{right}".rstrip() for left, right in pairs), "```"])
 
 
 def families() -> str:
@@ -116,7 +118,7 @@ def test_python_runs(tmp_path, monkeypatch):
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == (
         fm.assets.TINY_LLAMA / "model.safetensors"
     ).read_bytes()
-    assert names["vectors"].shape == (2, 32)
+    assert names["vectors"].shape == (2, 768)
 
 
 COMMANDS = [line for block in blocks("") for line in block.splitlines() if line.startswith("fmodels ")]

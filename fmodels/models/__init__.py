@@ -13,14 +13,28 @@ if TYPE_CHECKING:
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
     from fmodels.models import camembert as camembert
+    from fmodels.models import cohere as cohere
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
+    from fmodels.models import gemma as gemma
+    from fmodels.models import gemma2 as gemma2
+    from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
+    from fmodels.models import granite as granite
     from fmodels.models import llama as llama
+    from fmodels.models import mistral as mistral
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
+    from fmodels.models import olmo2 as olmo2
+    from fmodels.models import phi as phi
+    from fmodels.models import phi3 as phi3
+    from fmodels.models import qwen2 as qwen2
+    from fmodels.models import qwen3 as qwen3
     from fmodels.models import roberta as roberta
     from fmodels.models import roberta_prelayernorm as roberta_prelayernorm
+    from fmodels.models import smollm3 as smollm3
+    from fmodels.models import stablelm as stablelm
+    from fmodels.models import starcoder2 as starcoder2
     from fmodels.models import t5 as t5
     from fmodels.models import xlm_roberta as xlm_roberta
 
@@ -58,14 +72,28 @@ FILES: dict[str, str] = {
     "bart": "bart",
     "bert": "bert",
     "camembert": "camembert",
+    "cohere": "cohere",
     "distilbert": "distilbert",
     "electra": "electra",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
+    "granite": "granite",
     "llama": "llama",
+    "mistral": "mistral",
     "mpnet": "mpnet",
     "mt5": "mt5",
+    "olmo2": "olmo2",
+    "phi": "phi",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
     "t5": "t5",
     "xlm-roberta": "xlm_roberta",
 }

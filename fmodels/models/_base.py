@@ -54,7 +54,7 @@ SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schem
 """Fields that are sizes of axes."""
 
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
 """Fields in which null says that there is none, and not that the default holds."""
 
 
@@ -107,6 +107,8 @@ class Config:
     """Field -> key of config.json."""
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset()
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    NULLS: ClassVar[tuple[str, ...]] = ()
+    """Fields of the family in which null says that there is none."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
     counts_columns: ClassVar[bool] = False
@@ -134,6 +136,21 @@ class Config:
     def embedding_size(self) -> int:
         """Of the rows of the token table, where it is not `hidden_size`."""
         return self.hidden_size
+
+    @property
+    def windows(self) -> tuple[int | None, ...] | None:
+        """How many tokens each layer of the decoder sees, None for all; None where all layers see all."""
+        return None
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Of the logits over the vocabulary."""
+        return None
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The logits over the vocabulary are squeezed between this and its negative."""
+        return None
 
     @property
     def position_offset(self) -> int:
@@ -176,7 +193,7 @@ class Config:
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
                 continue
             if key in spelling:
-                if value is not None or spelling[key] in SPECIAL_TOKENS:
+                if value is not None or spelling[key] in (*NULLS, *cls.NULLS):
                     fields[spelling[key]] = tuple(value) if isinstance(value, list) else value
             elif key == "id2label":
                 if value:
@@ -331,7 +348,7 @@ def decoder_head(
     if config.task == "base":
         return out
     if config.task in schema.LM_TASKS:
-        return out._replace(logits=lm_logits(params, hidden if select is None else at(hidden, select)[:, None]))
+        return out._replace(logits=logits_of(params, config, hidden if select is None else at(hidden, select)[:, None]))
     logits = linear(params["classifier"], hidden).astype(jnp.float32)
     if config.task == "sequence-classification":
         if config.pad_token_id is not None:
@@ -340,6 +357,14 @@ def decoder_head(
             real = jnp.ones(tokens.shape, bool) if mask is None else mask
         logits = at(logits, last_real(real))
     return out._replace(logits=logits)
+
+
+def logits_of(params: Params, config: Config, hidden: Array) -> Array:
+    """The logits `(b t v)` of a causal language model for its last hidden states `(b t d)`."""
+    logits = lm_logits(params, hidden)
+    if config.logit_scale is not None:
+        logits = logits * config.logit_scale
+    return logits if config.logit_cap is None else jnp.tanh(logits / config.logit_cap) * config.logit_cap
 
 
 def at(x: Array, index: Array) -> Array:

@@ -41,7 +41,7 @@ class Config(BaseConfig):
         return self.task not in self.ONE_PART
 
     @property
-    def logit_scale(self) -> float | None:
+    def hidden_scale(self) -> float | None:
         """Of the hidden states that become logits over the vocabulary."""
         return None
 
@@ -140,7 +140,7 @@ def _head(params: Params, config: Config, out: Output, tokens: Array | None, sel
     assert hidden is not None
     if config.task in schema.LM_TASKS:
         chosen = hidden if select is None else at(hidden, select)[:, None]
-        scale = config.logit_scale
+        scale = config.hidden_scale
         chosen = chosen if scale is None else chosen * jnp.asarray(scale, chosen.dtype)
         return out._replace(logits=lm_logits(params, chosen))
     if config.task == "sequence-classification":

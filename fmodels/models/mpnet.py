@@ -13,7 +13,7 @@ from fmodels.models import _encoder, roberta
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_encoder.PaddedConfig):
+class Config(roberta.Config):
     """MPNet's config; the defaults are the base model's.
 
     Attributes:
@@ -21,12 +21,11 @@ class Config(_encoder.PaddedConfig):
     """
 
     vocab_size: int = 30527
-    norm_eps: float = 1e-5
     num_buckets: int = 32
 
     model_type: ClassVar[str] = "mpnet"
     HF: ClassVar[Mapping[str, str]] = {
-        **{k: v for k, v in _encoder.PaddedConfig.HF.items() if k not in ("num_token_types", "causal")},
+        **{k: v for k, v in roberta.Config.HF.items() if k not in ("num_token_types", "causal")},
         "num_buckets": "relative_attention_num_buckets",
     }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
@@ -41,10 +40,6 @@ class Config(_encoder.PaddedConfig):
     @property
     def padding_index(self) -> int | None:
         return 1  # whatever pad_token_id is
-
-    @property
-    def lm_activation(self) -> str:
-        return "gelu"
 
 
 ATTENTION = {

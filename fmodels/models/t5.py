@@ -98,7 +98,7 @@ class Config(_seq2seq.Config):
             )
 
     @property
-    def logit_scale(self) -> float | None:
+    def hidden_scale(self) -> float | None:
         return self.hidden_size**-0.5 if self.scale_logits else None
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels.arrays import precision, take
-from fmodels.nn.cache import NO_SLOT, Slot, read, write
+from fmodels.nn.cache import NO_SLOT, Slot, columns_of, read, write
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import distance_buckets, rotate
 from fmodels.types import Array, Cache, Params
@@ -22,7 +22,7 @@ class Attend(NamedTuple):
 
     Attributes:
         new: `(b t t)` bool, of the tokens of this call.
-        old: `(b 1 s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
+        old: `(b 1 s)` or `(b t s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
         new_bias: `(1 h t t)` float32, added to the scores; None for nothing.
         old_bias: `(b h t s)`, or `(1 h t s)` for all rows, as `new_bias`.
     """
@@ -49,19 +49,44 @@ class Part(NamedTuple):
     bias: Array | None = None
 
 
-def attend(present: Array, cache: Cache | None = None, *, causal: bool) -> Attend:
+def attend(
+    present: Array,
+    cache: Cache | None = None,
+    *,
+    causal: bool,
+    window: int | None = None,
+    slots: int | None = None,
+) -> Attend:
     """Who sees whom.
 
     Args:
         present: `(b t)` bool, True for real tokens.
         cache: with the tokens before these; one that they fill from end to end has none.
         causal: whether a token of this call sees only those of this call at its own place and before it.
+        window: how many tokens a token sees at most, itself included, those before it in a causal model and those on
+            both sides, `window // 2` each, in another; only real tokens count.
+        slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
     """
     t = present.shape[1]
     new = jnp.broadcast_to(present[:, None, :], (present.shape[0], t, t))
     if causal:
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
-    return Attend(new, None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :])
+    old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]
+    if window is not None:
+        near = window - 1 if causal else window // 2
+        places = jnp.cumsum(present, axis=-1, dtype=jnp.int32)
+        if cache is not None:
+            places = places + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+        new = new & (jnp.abs(places[:, :, None] - places[:, None, :]) <= near)
+        if old is not None and cache is not None:
+            before, there = jnp.cumsum(cache.mask, axis=-1, dtype=jnp.int32), cache.mask
+            if slots is not None and slots < cache.mask.shape[1]:
+                columns = jnp.broadcast_to(columns_of(cache.length, slots), (present.shape[0], slots))
+                index = jnp.maximum(columns, 0)
+                before, there = (jnp.take_along_axis(x, index, axis=1) for x in (before, there))
+                there = there & (columns >= 0)
+            old = there[:, None, :] & (places[:, :, None] - before[:, None, :] <= near)
+    return Attend(new, old)
 
 
 def with_distances(
@@ -105,7 +130,10 @@ def attention(
     *,
     slot: Slot = NO_SLOT,
     rope: tuple[Array, Array] | None = None,
+    interleaved: bool = False,
+    norm: Callable[[Params, Array, str], Array] | None = None,
     scale: Any = None,
+    cap: float | None = None,
 ) -> tuple[Array, Slot]:
     """`softmax(q kᵀ · scale) v`, with as many query heads per key-value head as the weights have.
 
@@ -115,7 +143,10 @@ def attention(
         seen: from `attend`.
         slot: this layer's place in the cache; keys and values of `x` are written there, and the weights if it keeps them.
         rope: cosines and sines from `rope_tables`.
+        interleaved: of `rotate`.
+        norm: `(params, x (b t h k), "query" or "key") -> (b t h k)`, of queries and keys before they are rotated.
         scale: of the scores; `1 / sqrt(k)` if None.
+        cap: scores are squeezed between `-cap` and `cap`, by `tanh`.
 
     Returns:
         `(b t d)` and the updated slot. A query that sees no key gives the mean of the values, never NaN.
@@ -126,21 +157,28 @@ def attention(
     query = linear(params["query"], x, "btd,hkd->bthk")
     key = linear(params["key"], x, "btd,gkd->btgk")
     value = linear(params["value"], x, "btd,gkd->btgk")
+    if norm is not None:
+        query, key = norm(params, query, "query"), norm(params, key, "key")
     if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
+        query, key = (rotate(x, rope, interleaved=interleaved) for x in (query, key))
     parts = [Part(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new, seen.new_bias)]
     if slot.keys is not None and seen.old is not None:
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
-    context, weights = dot_product(query, parts, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    slot = slot.keep(weights[0] if len(weights) == 1 else _by_slot(weights[0], weights[1], slot.start))
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    context, weights = dot_product(query, parts, scale, cap=cap)
+    slot = slot.keep(weights[0] if len(weights) == 1 else _by_slot(weights[0], weights[1], slot))
     if slot.keys is not None:
         slot = write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def _by_slot(old: Array, new: Array, start: Array) -> Array:
-    """The weights of the slots of a cache `(b h t s)`, with those of the new tokens `(b h t t)` in the slots from `start`."""
-    since = jnp.arange(old.shape[-1], dtype=jnp.int32)[None] - jnp.atleast_1d(start)[:, None]
+def _by_slot(old: Array, new: Array, slot: Slot) -> Array:
+    """The weights of the slots `(b h t s)` with those of the new tokens `(b h t t)`, by columns of the cache."""
+    if old.shape[-1] < slot.columns:
+        columns = jnp.arange(slot.columns, dtype=jnp.int32)[None]
+        there = jnp.take_along_axis(columns_of(slot.start, old.shape[-1]), columns % old.shape[-1], axis=1) == columns
+        old = jnp.where(there[:, None, None], jnp.take(old, columns[0] % old.shape[-1], axis=-1), 0)
+    since = jnp.arange(old.shape[-1], dtype=jnp.int32)[None] - jnp.atleast_1d(slot.start)[:, None]
     inside = (since >= 0) & (since < new.shape[-1])
     index = jnp.broadcast_to(jnp.where(inside, since, 0)[:, None, None], old.shape)
     return jnp.where(inside[:, None, None], jnp.take_along_axis(new, index, axis=-1), old)
@@ -174,7 +212,9 @@ def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
     return key, value
 
 
-def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> tuple[Array, list[Array]]:
+def dot_product(
+    query: Array, parts: Sequence[Part], scale: Any, *, cap: float | None = None
+) -> tuple[Array, list[Array]]:
     """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side.
 
     The queries of a group become the rows of one matrix, `n` of them: on CPU, XLA's products and softmax over arrays of
@@ -184,6 +224,7 @@ def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> tuple[Array,
         query: `(b t h k)`.
         parts: keys and values, and which of them each query sees.
         scale: of the scores.
+        cap: as in `attention`.
 
     Returns:
         `(b t h k)`, and the weights of each part `(b h t s)`.
@@ -201,6 +242,8 @@ def dot_product(query: Array, parts: Sequence[Part], scale: Any) -> tuple[Array,
             "bgnk,bgsk->bgns", rows, keys.astype(rows.dtype), precision=full, preferred_element_type=jnp.float32
         )
         x = x * scale
+        if cap is not None:
+            x = jnp.tanh(x / cap) * cap
         if bias is not None:
             x = x + jnp.broadcast_to(bias.reshape(bias.shape[0], groups, each * t, bias.shape[-1]), x.shape)
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))

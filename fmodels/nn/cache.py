@@ -21,7 +21,8 @@ class Slot(NamedTuple):
             where there is no cache.
         values: as `keys`.
         layer: index into the leading axis, or None.
-        start: int32, the slot of the first new token: `()`, or `(b)` where rows are at different places.
+        start: int32, the column of the first new token: `()`, or `(b)` where rows are at different places.
+        columns: of the cache's mask; keys and values with fewer slots are a ring.
         weights: `(b h t s)` of the layer's attentions so far, in the order in which they are called; None where nobody
             asks for them.
     """
@@ -30,6 +31,7 @@ class Slot(NamedTuple):
     values: Any = None
     layer: Any = None
     start: Any = None
+    columns: int = 0
     weights: tuple[Array, ...] | None = None
 
     def keep(self, weights: Array) -> Slot:
@@ -41,7 +43,9 @@ NO_SLOT = Slot()
 """Of a layer without a cache."""
 
 
-def init_cache(params: Params, batch: int, length: int, *, quantized: bool = False) -> Cache:
+def init_cache(
+    params: Params, batch: int, length: int, *, quantized: bool = False, config: Any = None, ahead: int = 0
+) -> Cache:
     """An empty cache for `length` tokens; its shapes and dtype are read from the parameters.
 
     Args:
@@ -49,29 +53,67 @@ def init_cache(params: Params, batch: int, length: int, *, quantized: bool = Fal
         batch: rows.
         length: slots per row.
         quantized: whether keys and values are kept in 8 bits, with a scale for each token and head.
+        config: the model's; with it layers that see a window have no more slots than that, see `rings`. All tokens are
+            written then, and in order; padding between them would take the room of tokens.
+        ahead: how many of the last tokens may be taken back.
 
     Returns:
         A `Cache` with stacked `(l b g s k)` arrays for a stacked tree, with a tuple of them for a tuple of layers.
+
+    Example:
+        >>> import jax, fmodels as fm
+        >>> config = fm.models.mistral.Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2,
+        ...                                   num_kv_heads=1, head_dim=4, sliding_window=16)
+        >>> params = fm.init(config, jax.random.key(0))
+        >>> fm.init_cache(params, 1, 100).keys.shape, fm.init_cache(params, 1, 100, config=config).keys.shape
+        ((2, 1, 1, 100, 4), (2, 1, 1, 15, 4))
     """
+    sizes = None if config is None else rings(params, config, length, ahead=ahead)
     dtype = params["embed"]["tokens"].dtype
     stacks = tree.stacks(params)
     layers = stacks.get("decoder.layers", stacks.get("layers"))
     if layers is None:
         raise ValueError(f"init_cache: this model has no decoder, only {', '.join(stacks)}; it needs no cache")
 
-    def zeros(weight: Any) -> Any:
+    def zeros(weight: Any, slots: int) -> Any:
         *depth, groups, size, _ = weight.shape
-        empty = jnp.zeros((*depth, batch, groups, length, size), dtype)
+        empty = jnp.zeros((*depth, batch, groups, slots, size), dtype)
         return Scaled(empty.astype(jnp.int8), jnp.zeros((*empty.shape[:-1], 1), dtype)) if quantized else empty
 
-    def of_layer(layer: Params) -> tuple[Any, Any]:
-        return zeros(layer["attention"]["key"]["weight"]), zeros(layer["attention"]["value"]["weight"])
+    def of_layer(layer: Params, slots: int) -> tuple[Any, Any]:
+        return zeros(layer["attention"]["key"]["weight"], slots), zeros(layer["attention"]["value"]["weight"], slots)
 
     if isinstance(layers, Mapping):
-        keys, values = of_layer(dict(layers))
+        keys, values = of_layer(dict(layers), length if sizes is None else sizes[0])
     else:
-        keys, values = (tuple(part) for part in zip(*map(of_layer, layers), strict=True))
+        sizes = sizes or (length,) * len(layers)
+        keys, values = (tuple(part) for part in zip(*map(of_layer, layers, sizes), strict=True))
     return Cache(keys, values, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
+
+
+def rings(params: Params, config: Any, columns: int, *, ahead: int = 0) -> tuple[int, ...] | None:
+    """How many slots each layer needs for a text of so many columns; None where all need all.
+
+    A token sees those of the window before it, which may still be written over once it is read. Layers that are stacked
+    have caches of one size: they need all columns as soon as one of them sees all.
+
+    Args:
+        params: the tree.
+        config: its config; `config.windows`.
+        columns: of the text.
+        ahead: how many of the last tokens may be taken back: what they wrote over must not be missed.
+    """
+    if config.windows is None:
+        return None
+    sizes = tuple(columns if w is None else min(columns, max(w - 1 + ahead, 1)) for w in config.windows)
+    sizes = (max(sizes),) * len(sizes) if isinstance(params["layers"], Mapping) else sizes
+    return None if min(sizes) == columns else sizes
+
+
+def columns_of(length: Array, slots: int) -> Array:
+    """`(b or 1, slots)` int32: which column each slot of a ring holds after `length` columns; negative for none."""
+    last = jnp.atleast_1d(length)[:, None] - 1
+    return last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
 
 
 def read(slot: Slot) -> tuple[Array, Array]:
@@ -100,6 +142,8 @@ def write(slot: Slot, key: Array, value: Array, context: Array) -> Slot:
     zero = jnp.zeros((), jnp.int32)
 
     def put(array: Array, new: Array) -> Array:
+        if array.shape[-2] < slot.columns:
+            return _write_ring(array, new, slot)
         if slot.start.ndim:
             return _write_rows(array, new, slot)
         place = (zero, zero, slot.start, zero)
@@ -131,6 +175,19 @@ def _write_rows(array: Array, new: Array, slot: Slot) -> Array:
         array, jnp.stack(places, axis=1), new, numbers,
         indices_are_sorted=True, unique_indices=True, mode=jax.lax.GatherScatterMode.CLIP,
     )  # fmt: skip
+
+
+def _write_ring(array: Array, new: Array, slot: Slot) -> Array:
+    """As `_write_rows`, into a ring; of more tokens than it has slots the last."""
+    slots, count = array.shape[-2], new.shape[2]
+    first = max(0, count - slots)
+    places = (jnp.atleast_1d(slot.start)[:, None] + jnp.arange(first, count, dtype=jnp.int32)[None]) % slots
+    places = jnp.broadcast_to(places, (new.shape[0], count - first))
+    rows = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+    new = new[:, :, first:].swapaxes(1, 2)  # axes that are indexed apart come first
+    if slot.layer is None:
+        return array.at[rows, :, places].set(new)
+    return array.at[jnp.full_like(rows, slot.layer), rows, :, places].set(new)
 
 
 def extend(cache: Cache, present: Array) -> Cache:
@@ -206,14 +263,34 @@ def set_rows(x: Array, y: Array, rows: Array, axis: int = 0) -> Array:
     return x.at[(*[slice(None)] * axis, rows)].set(y, mode="drop")
 
 
-def grow(cache: Cache, slots: int) -> Cache:
-    """A cache with room for `slots`, those that it has included."""
-    more = slots - cache.mask.shape[1]
-    if more <= 0:
-        return cache
+def grow(cache: Cache, slots: int, sizes: tuple[int, ...] | None = None) -> Cache:
+    """A cache with room for `slots` columns, those that it has included.
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+    Args:
+        cache: to be grown; rings stay as they are.
+        slots: how many columns.
+        sizes: of each layer, from `rings`: layers that need fewer slots become rings, of the last columns.
+    """
+    columns = cache.mask.shape[1]
+    more = max(slots - columns, 0)
 
-    keys, values = jax.tree.map(pad, (cache.keys, cache.values))
+    def fit(x: Any, size: int) -> Any:
+        return jax.tree.map(lambda a: _fit(a, size, columns, cache.length), x)
+
+    if isinstance(cache.keys, tuple):
+        sizes = sizes or (columns + more,) * len(cache.keys)
+        keys, values = (tuple(map(fit, part, sizes)) for part in (cache.keys, cache.values))
+    else:
+        size = columns + more if sizes is None else sizes[0]
+        keys, values = fit(cache.keys, size), fit(cache.values, size)
     return cache._replace(keys=keys, values=values, mask=jnp.pad(cache.mask, [(0, 0), (0, more)]))
+
+
+def _fit(x: Array, size: int, columns: int, length: Array) -> Array:
+    """Keys or values `(… s k)` of so many columns in `size` slots."""
+    slots = x.shape[-2]
+    if slots < columns or slots == size:
+        return x
+    if size > slots:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - slots), (0, 0)])
+    return jnp.take(x, jnp.maximum(columns_of(length, size)[0], 0), axis=-2)  # one length: it was just read

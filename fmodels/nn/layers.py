@@ -94,7 +94,7 @@ def _unroll(
     keys, values = (list(cache.keys), list(cache.values)) if cache is not None else ([], [])
     for i in range(len(layers)) if order is None else order:
         inputs.append(x)
-        slot = NO_SLOT if cache is None else Slot(keys[i], values[i], None, cache.length)
+        slot = NO_SLOT if cache is None else Slot(keys[i], values[i], None, cache.length, cache.mask.shape[1])
         x, slot = layer(layers[i], i, x, slot._replace(weights=() if keep.attentions else None))
         weights.append(slot.weights or ())
         if cache is not None:
@@ -118,7 +118,7 @@ def _scan(layer: Layer, layers: Params, x: Array, cache: Cache | None, keep: Kee
         params, index = item
         if order is not None:
             params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
-        slot = NO_SLOT if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length)
+        slot = NO_SLOT if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length, cache.mask.shape[1])
         y, slot = layer(params, index, x, slot._replace(weights=() if keep.attentions else None))
         kept = (x if keep.hidden_states else None, slot.weights or ())
         return (y, None if kv is None else (slot.keys, slot.values)), kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ def layer_norm(params: Params, x: Array, eps: float) -> Array:
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis.
 
     Args:
-        params: `scale` and, optionally, `bias`, both `(d)`.
+        params: `scale` and, optionally, `bias`, both `(d)`, or with more of the last axes of `x`.
         x: `(… d)`.
         eps: added to the biased variance.
 
@@ -34,7 +36,7 @@ def rms_norm(params: Params, x: Array, eps: float) -> Array:
     """`x / sqrt(mean(x²) + eps) * scale` over the last axis.
 
     Args:
-        params: `scale` `(d)`.
+        params: `scale` `(d)`, or with more of the last axes of `x`.
         x: `(… d)`.
         eps: added to the mean square.
 
@@ -45,8 +47,18 @@ def rms_norm(params: Params, x: Array, eps: float) -> Array:
     """
     wide = x.astype(jnp.float32)
     normal = (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype)
-    return params["scale"].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) * normal
+    return _along_last(params["scale"], normal, x.dtype) * normal
 
 
-def _along_last(vector: Array, like: Array) -> Array:
-    return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+def rms_norm_plus_one(params: Params, x: Array, eps: float) -> Array:
+    """`x / sqrt(mean(x²) + eps) * (1 + scale)` over the last axis, all of it in float32; arguments as of `rms_norm`.
+
+    Source: matches transformers' `Gemma2RMSNorm`.
+    """
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return (normal * (1.0 + _along_last(params["scale"], normal))).astype(x.dtype)
+
+
+def _along_last(vector: Array, like: Array, dtype: Any = jnp.float32) -> Array:
+    return vector.astype(dtype).reshape((1,) * (like.ndim - vector.ndim) + vector.shape)

@@ -188,13 +188,19 @@ def _yarn_factor(rope: Rope, factor: float) -> float:
     return scale(1.0)
 
 
-def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """Rotates the pairs `(x[i], x[i + k/2])` of each head by the angles of the tables (the half-split pairing).
+def rotate(x: Array, tables: tuple[Array, Array], *, interleaved: bool = False) -> Array:
+    """Rotates the pairs `(x[i], x[i + r/2])` of each head by the angles of the tables (the half-split pairing).
 
     Args:
         x: `(b t h k)`.
-        tables: cosines and sines `(b t k/2)` from `rope_tables`.
+        tables: cosines and sines `(b t r/2)` from `rope_tables`; the last `k - r` numbers of each head stay.
+        interleaved: pairs are `(x[2i], x[2i + 1])`.
     """
     cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    size = 2 * cos.shape[-1]
+    wide, rest = x[..., :size].astype(jnp.float32), x[..., size:]
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+    pairs = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.stack(pairs, axis=-1).reshape(wide.shape) if interleaved else jnp.concatenate(pairs, axis=-1)
+    turned = turned.astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

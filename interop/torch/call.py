@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import fmodels as fm
-from fmodels.types import Keep
 from interop.torch.arrays import to_jax, to_tensor
 
 FIELDS = (
@@ -24,9 +23,9 @@ FIELDS = (
 class Call:
     """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran."""
 
-    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, keep: Keep) -> None:
+    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, kept: tuple[str, ...]) -> None:
         self.names, self.inputs = names, inputs
-        self.static = {"config": config, "keep": keep}
+        self.static = {"config": config, "kept": kept}
         self.fields: list[str] = []
 
     def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
@@ -76,15 +75,22 @@ class Differentiable(torch.autograd.Function):
         return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep"))
-def _run(tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, keep: Keep) -> dict[str, jax.Array]:
-    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **keep._asdict())
+@functools.partial(jax.jit, static_argnames=("config", "kept"))
+def _run(
+    tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, kept: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    asked: dict[str, Any] = dict.fromkeys(kept, True)
+    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **asked)
+    if isinstance(out.attentions, tuple):
+        raise ValueError(
+            "TorchModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+        )
     return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep"))
-def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, keep: Keep) -> tuple[Any, Any]:
-    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, keep=keep), trained)
+@functools.partial(jax.jit, static_argnames=("config", "kept"))
+def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, kept: tuple[str, ...]) -> tuple[Any, Any]:
+    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, kept=kept), trained)
 
 
 @jax.jit

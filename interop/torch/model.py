@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import fmodels as fm
-from fmodels import schema
-from fmodels.types import Keep
 from interop.torch.arrays import kind_of, to_tensor
 from interop.torch.call import Call, Differentiable
 from interop.torch.convert import from_torch, to_torch
@@ -141,10 +139,6 @@ class TorchModel(nn.Module):
             ValueError: wrong shapes; tokens, positions or types outside of their tables; parameters that are not on the
                 CPU, or that no longer fit `.config`; `attentions` of layers that differ in their heads.
         """
-        if attentions and schema.is_ragged(self.config):
-            raise ValueError(
-                "TorchModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
-            )
         inputs = read_inputs(
             self.config,
             tokens=either("tokens", tokens, "input_ids", input_ids),
@@ -155,7 +149,9 @@ class TorchModel(nn.Module):
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = self._tensors()
-        call = Call(list(tensors), inputs, self.config, Keep(hidden_states, attentions))
+        asked = {"hidden_states": hidden_states, "attentions": attentions}
+        kept = tuple(name for name, wanted in asked.items() if wanted)
+        call = Call(list(tensors), inputs, self.config, kept)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
         else:

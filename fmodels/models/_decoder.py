@@ -1,0 +1,417 @@
+"""What the decoders after Llama have in common: their configs, their layers, and the names of their weights.
+
+A layer is read off its tree: norms before the blocks, behind them or both; norms of queries and keys; gates; biases. What no
+tree can say is a property of the config.
+
+Source: Touvron et al. 2023; matches transformers' `modeling_llama` and what was copied from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmodels.models._base import Config as BaseConfig
+from fmodels.models._base import Family, decoder_head, init_normal
+from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
+from fmodels.nn import layers
+from fmodels.nn.attention import attend, attention
+from fmodels.nn.embeddings import embed
+from fmodels.nn.mlp import mlp
+from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
+from fmodels.nn.positions import Rope, of_call, rope_tables
+from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
+from fmodels.weights.rules import Rule, Weights
+
+NORMS: dict[str, Callable[[Params, Array, float], Array]] = {
+    "rms": rms_norm,
+    "rms-plus-one": rms_norm_plus_one,
+    "layer": layer_norm,
+}
+
+
+class Kind(NamedTuple):
+    """What is special about the attention of a layer.
+
+    Attributes:
+        window: how many tokens it sees, or None for all.
+        rope: its rotary settings, or None for no positions.
+    """
+
+    window: int | None
+    rope: Rope | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """The config of a rotary decoder; the defaults are Llama 7B's.
+
+    Attributes:
+        attention_bias: whether queries, keys and values have biases.
+        mlp_bias: whether the feed-forward block has.
+        rope: rotary settings.
+        sliding_window: how many tokens a layer with a window sees.
+        layer_types: of each layer, `"full_attention"` or `"sliding_attention"`; None for the family's own pattern.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    max_positions: int = 2048
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope: Rope = Rope()
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    HF: ClassVar[Mapping[str, str]] = {
+        "vocab_size": "vocab_size",
+        "max_positions": "max_position_embeddings",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "activation": "hidden_act",
+        "norm_eps": "rms_norm_eps",
+        "initializer_range": "initializer_range",
+        "bos_token_id": "bos_token_id",
+        "eos_token_id": "eos_token_id",
+        "pad_token_id": "pad_token_id",
+        "tie_word_embeddings": "tie_word_embeddings",
+    }
+    IRRELEVANT: ClassVar[frozenset[str]] = frozenset({"pretraining_tp", "attention_dropout"})
+    norm: ClassVar[str] = "rms"
+    """Which of `NORMS`."""
+    parallel: ClassVar[bool] = False
+    """Whether both blocks read the same input; then one norm may serve both."""
+    interleaved: ClassVar[bool] = False
+    """Whether rotary pairs lie side by side."""
+    partial: ClassVar[bool] = False
+    """Whether a part of each head may be rotated."""
+    joint_norms: ClassVar[bool] = False
+    """Whether queries, and keys, are normed over all heads together."""
+    own_head_dim: ClassVar[bool] = False
+    """Whether the size of a head that config.json does not say is the class's, and not that of a share."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if rotated(self.head_dim, self.rope) % 2:
+            raise ValueError(
+                f"{self.model_type}.Config: rotary embeddings turn pairs of numbers; of head_dim={self.head_dim} "
+                f"{rotated(self.head_dim, self.rope)} would be turned, which is odd"
+            )
+        if self.layer_types is not None and len(self.layer_types) != self.num_layers:
+            raise ValueError(
+                f"{self.model_type}.Config: layer_types has {len(self.layer_types)} entries for {self.num_layers} layers"
+            )
+        if unknown := sorted({*(self.layer_types or ())} - {"full_attention", "sliding_attention"}):
+            raise ValueError(
+                f"{self.model_type}.Config: layer_types has {', '.join(unknown)}; known are full_attention and sliding_attention"
+            )
+
+    @property
+    def rope_theta(self) -> float:
+        """The base of the rotary frequencies, `rope.theta`."""
+        return self.rope.theta
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the attention's output has a bias."""
+        return self.attention_bias
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the language model's head has a bias."""
+        return False
+
+    @property
+    def embedding_scale(self) -> float | None:
+        """Of the rows of the token table."""
+        return None
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Of the scores; `1 / √k` if None."""
+        return None
+
+    @property
+    def attention_cap(self) -> float | None:
+        """The scores are squeezed between this and its negative."""
+        return None
+
+    @property
+    def residual_scale(self) -> float | None:
+        """Of what each block adds."""
+        return None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of each layer; where config.json does not say which layers have a window, all have it."""
+        types = self.layer_types or ("sliding_attention",) * self.num_layers
+        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, self.rope) for t in types)
+
+    @property
+    def windows(self) -> tuple[int | None, ...] | None:
+        found = tuple(kind.window for kind in self.kinds)
+        return found if any(found) else None
+
+    @classmethod
+    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        hidden, heads = data.get("hidden_size", cls.hidden_size), data.get("num_attention_heads", cls.num_heads)
+        fields["num_kv_heads"] = heads if cls.num_kv_heads == cls.num_heads else cls.num_kv_heads
+        if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
+            fields["num_kv_heads"] = heads
+        fields["head_dim"] = cls.head_dim if cls.own_head_dim else hidden // heads
+        fields["rope"] = read_rope(
+            data,
+            problems,
+            head_dim=data.get("head_dim") or fields["head_dim"],
+            max_positions=data.get("max_position_embeddings", cls.max_positions),
+            default=cls.rope,
+            partial=cls.partial,
+        )
+        return {*OWN_KEYS}
+
+    def write_special(self) -> dict[str, Any]:
+        return write_rope(self.rope)
+
+
+WINDOWS: Mapping[str, str] = {"sliding_window": "sliding_window", "layer_types": "layer_types"}
+"""The keys of families that have windows."""
+
+NAMES: Mapping[str, str] = {
+    "embed_tokens": "embed.tokens",
+    "layers.{l}.self_attn.q_proj": "layers.attention.query",
+    "layers.{l}.self_attn.k_proj": "layers.attention.key",
+    "layers.{l}.self_attn.v_proj": "layers.attention.value",
+    "layers.{l}.self_attn.o_proj": "layers.attention.output",
+    "layers.{l}.mlp.gate_proj": "layers.mlp.gate",
+    "layers.{l}.mlp.up_proj": "layers.mlp.up",
+    "layers.{l}.mlp.down_proj": "layers.mlp.down",
+    "layers.{l}.input_layernorm": "layers.attention_norm",
+    "layers.{l}.post_attention_layernorm": "layers.mlp_norm",
+    "norm": "final_norm",
+}
+"""Llama's names on disk without `.weight`, and their leaves."""
+
+HEAD_NORMS = {
+    "layers.attention.query_norm": "layers.{l}.self_attn.q_norm",
+    "layers.attention.key_norm": "layers.{l}.self_attn.k_norm",
+}
+"""The leaves of the norms of queries and keys, and their names."""
+
+LAYOUTS: Mapping[str, tuple[str, str | None]] = {
+    "layers.attention.query": ("(h k) d", "(h k)"),
+    "layers.attention.key": ("(g k) d", "(g k)"),
+    "layers.attention.value": ("(g k) d", "(g k)"),
+    "layers.attention.output": ("d (h k)", None),
+    "layers.attention.query_norms": ("(h k)", None),
+    "layers.attention.key_norms": ("(g k)", None),
+}
+"""How leaves lie on disk that do not lie as they are: weight and bias."""
+
+BIASES = {
+    "layers.attention.query": "attention_bias",
+    "layers.attention.key": "attention_bias",
+    "layers.attention.value": "attention_bias",
+    "layers.attention.output": "output_bias",
+    "layers.mlp.gate": "mlp_bias",
+    "layers.mlp.up": "mlp_bias",
+    "layers.mlp.down": "mlp_bias",
+}
+"""Leaf -> the property of the config that says whether it has a bias."""
+
+
+def renamed(names: Mapping[str, str | None]) -> dict[str, str]:
+    """Llama's names with changes, in the order of PyTorch's modules.
+
+    Args:
+        names: leaf -> its name here, or None where there is none. Leaves that Llama does not have come before the next
+            that it has.
+    """
+    before: dict[str, list[str]] = {}
+    waiting: list[str] = []
+    for leaf in names:
+        waiting.append(leaf)
+        if leaf in NAMES.values():
+            before[leaf], waiting = waiting, []
+    found: dict[str, str] = {}
+    for name, leaf in [*NAMES.items(), ("", "")]:
+        here = {one: names[one] for one in (before.get(leaf, []) if leaf else waiting)} or {leaf: name}
+        found |= {name: one for one, name in here.items() if name}
+    return found
+
+
+def weights(
+    names: Mapping[str, str | tuple[str, ...]] = NAMES,
+    *extra: Rule,
+    question_answering: str = "transformer",
+    norm_bias: bool = False,
+    when: Mapping[str, str] = {},
+) -> Weights:
+    """The layout map of a decoder.
+
+    Args:
+        names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side
+            and have no biases.
+        extra: more rules.
+        question_answering: the base model's prefix in models for question answering.
+        norm_bias: whether norms have biases.
+        when: leaf -> the property of the config that says whether it is there.
+    """
+    rules: list[Rule] = []
+    for name, leaf in names.items():
+        if isinstance(leaf, tuple):
+            layouts = tuple(LAYOUTS[one][0] for one in leaf if one in LAYOUTS)
+            rules.append(Rule(f"@{name}.weight", tuple(f"{one}.weight" for one in leaf), layouts or None))
+            continue
+        kind = "scale" if leaf.endswith(("norm", "norms")) else "weight"
+        weight, bias = LAYOUTS.get(leaf, (None, None))
+        there = when.get(leaf)
+        path = leaf if leaf == "embed.tokens" else f"{leaf}.{kind}"
+        rules.append(Rule(f"@{name}.weight", path, weight, when=there))
+        if leaf in BIASES:
+            rules.append(Rule(f"@{name}.bias", f"{leaf}.bias", bias, when=BIASES[leaf]))
+        elif kind == "scale" and norm_bias:
+            rules.append(Rule(f"@{name}.bias", f"{leaf}.bias", bias, when=there))
+    heads = (
+        Rule("lm_head.weight", "lm_head.weight", tasks=("causal-lm",), when="untied"),
+        Rule("lm_head.bias", "lm_head.bias", tasks=("causal-lm",), when="head_bias"),
+        Rule("score.weight", "classifier.weight", tasks=("sequence-classification", "token-classification")),
+        Rule("score.bias", "classifier.bias", tasks=("token-classification",)),
+        Rule("qa_outputs.weight", "classifier.weight", tasks=("question-answering",)),
+        Rule("qa_outputs.bias", "classifier.bias", tasks=("question-answering",)),
+    )
+    return Weights(
+        prefix={"": "model", "question-answering": question_answering},
+        tied={"lm_head.weight": "embed.tokens"},
+        ignored=(r"rotary_emb\.inv_freq$",),
+        rules=(*rules, *extra, *heads),
+    )
+
+
+def architectures(name: str, *tasks: str) -> dict[str, str]:
+    """Task -> transformers' class, for a family whose classes begin with `name`: base, causal LM and those named."""
+    return {task: name + CLASSES[task] for task in ("base", "causal-lm", *tasks)}
+
+
+CLASSES = {
+    "base": "Model",
+    "causal-lm": "ForCausalLM",
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+}
+"""Task -> how transformers' classes end."""
+ALL = ("sequence-classification", "token-classification", "question-answering")
+"""The tasks that most families have beside the first two."""
+
+
+def family(config: type[Config], weights: Weights) -> Family:
+    """The family with this layout map."""
+    return Family(config, forward, weights, functools.partial(init_normal, weights))
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens: Array,
+    *,
+    mask: Array | None = None,
+    positions: Array | None = None,
+    token_types: Array | None = None,
+    cache: Cache | None = None,
+    select: Array | None = None,
+    keep: Keep = NOTHING,
+) -> Output:
+    """The model on `(b t)` tokens; see `fmodels.forward`."""
+    if token_types is not None:
+        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+    present, positions = of_call(tokens, mask, positions, cache)
+    at_layer = _kinds(config, present, positions, cache)
+
+    def norm(p: Params, x: Array) -> Array:
+        return NORMS[config.norm](p, x, config.norm_eps)
+
+    def norm_heads(p: Params, x: Array, name: str) -> Array:
+        if f"{name}_norm" in p:
+            return norm(p[f"{name}_norm"], x)
+        if f"{name}_norms" not in p:
+            return x
+        scale = p[f"{name}_norms"]["scale"]
+        if not config.joint_norms:
+            return norm({"scale": scale}, x)
+        joint = norm({"scale": scale.reshape(-1)}, x.reshape(*x.shape[:2], -1))
+        return joint.reshape(x.shape)
+
+    def residual(x: Array, y: Array) -> Array:
+        return x + (y if config.residual_scale is None else y * jnp.asarray(config.residual_scale, y.dtype))
+
+    def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
+        seen, rope = at_layer(index)
+        before = norm(p["attention_norm"], x) if "attention_norm" in p else x
+        y, slot = attention(
+            p["attention"], before, seen, slot=slot, rope=rope, interleaved=config.interleaved, norm=norm_heads,
+            scale=config.attention_scale, cap=config.attention_cap,
+        )  # fmt: skip
+        y = norm(p["attention_after_norm"], y) if "attention_after_norm" in p else y
+        if config.parallel:
+            return x + y + mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else before, config.activation), slot
+        x = residual(x, y)
+        y = mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else x, config.activation)
+        return residual(x, norm(p["mlp_after_norm"], y) if "mlp_after_norm" in p else y), slot
+
+    x = embed(params["embed"], tokens, scale=config.embedding_scale)
+    ran = layers.run(layer, params["layers"], x, cache, present, keep=keep)
+    hidden = norm(params["final_norm"], ran.x)
+    out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=ran.cache, select=select)
+    return ran.onto(out, hidden)
+
+
+def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None) -> Callable[[Any], Any]:
+    """The number of a layer to whom it sees and how it rotates; the kinds of layers are computed once."""
+    kinds = config.kinds
+    keys: Any = () if cache is None else cache.keys
+    slots = [x.shape[-2] for x in keys] if isinstance(keys, tuple) else [keys.shape[-2]] * len(kinds)
+    slots = slots or [None] * len(kinds)
+    different = list(dict.fromkeys(kinds))
+
+    def make(kind: Kind) -> Any:
+        seen = attend(present, cache, causal=True, window=kind.window, slots=slots[kinds.index(kind)])
+        rope = config.rope if kind.rope is None else kind.rope
+        size = rotated(config.head_dim, rope)
+        tables = rope_tables(rope, positions, size, config.max_positions)
+        if kind.rope is None:  # angles of zero
+            tables = (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))
+        if len(different) > 1 and seen.old is not None:
+            seen = seen._replace(old=jnp.broadcast_to(seen.old, (*seen.new.shape[:2], seen.old.shape[-1])))
+        return seen, tables
+
+    made = [make(kind) for kind in different]
+    if len(made) == 1:
+        return lambda index: made[0]
+    which = [different.index(kind) for kind in kinds]
+
+    def at_layer(index: Any) -> Any:
+        if isinstance(index, int):  # layers one by one, each with a cache of its own size
+            return made[which[index]]
+        kind = jnp.asarray(which, jnp.int32)[index]
+        return jax.tree.map(lambda *a: jnp.stack(a)[kind], *made)
+
+    return at_layer

@@ -1,0 +1,80 @@
+"""Gemma 2: Gemma with norms on both sides of each block, squeezed scores and logits, and a window in every other layer.
+
+Source: Gemma Team 2024; matches transformers' `modeling_gemma2`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _decoder, gemma
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(gemma.Config):
+    """Gemma 2's config; the defaults are those of its 2B model.
+
+    Attributes:
+        query_pre_attn_scalar: the scores are divided by its root.
+        attention_cap: of the scores.
+        logit_cap: of the logits.
+    """
+
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_layers: int = 26
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    sliding_window: int | None = 4096
+    query_pre_attn_scalar: int = 256
+    attention_cap: float | None = 50.0  # pyright: ignore[reportIncompatibleMethodOverride]
+    logit_cap: float | None = 30.0  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    model_type: ClassVar[str] = "gemma2"
+    HF: ClassVar[Mapping[str, str]] = {
+        **gemma.Config.HF,
+        **_decoder.WINDOWS,
+        "activation": "hidden_activation",
+        "query_pre_attn_scalar": "query_pre_attn_scalar",
+        "attention_cap": "attn_logit_softcapping",
+        "logit_cap": "final_logit_softcapping",
+    }
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_act", "cache_implementation"}
+    NULLS: ClassVar[tuple[str, ...]] = ("attention_cap", "logit_cap")
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
+        "Gemma2", "sequence-classification", "token-classification"
+    )
+
+    @property
+    def attention_scale(self) -> float | None:
+        return self.query_pre_attn_scalar**-0.5
+
+    @property
+    def period(self) -> int:
+        """Every how many layers one sees everything."""
+        return 2
+
+    @property
+    def kinds(self) -> tuple[_decoder.Kind, ...]:
+        full = [(i + 1) % self.period == 0 for i in range(self.num_layers)]
+        if self.layer_types is not None:
+            full = [t == "full_attention" for t in self.layer_types]
+        return tuple(self.kind(f) for f in full)
+
+    def kind(self, full: bool) -> _decoder.Kind:
+        """Of layers that see everything, and of the others."""
+        return _decoder.Kind(None if full else self.sliding_window, self.rope)
+
+
+NAMES = {
+    "layers.attention_after_norm": "layers.{l}.post_attention_layernorm",
+    "layers.mlp_norm": "layers.{l}.pre_feedforward_layernorm",
+    "layers.mlp_after_norm": "layers.{l}.post_feedforward_layernorm",
+}
+"""The leaves of norms that Llama has elsewhere or not, and their names."""
+
+WEIGHTS = _decoder.weights(_decoder.renamed(NAMES))
+
+FAMILY = _decoder.family(Config, WEIGHTS)

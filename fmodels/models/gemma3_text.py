@@ -1,0 +1,80 @@
+"""Gemma 3, the part that reads text: norms of queries and keys, and layers with a window and a rotary base of their own.
+
+Source: Gemma Team 2025; matches transformers' `Gemma3TextModel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fmodels.models import _decoder, gemma2
+from fmodels.models._rope import read_rope, rope_parameters
+from fmodels.nn.positions import Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(gemma2.Config):
+    """Gemma 3's config; the defaults are transformers'.
+
+    Attributes:
+        local_rope: rotary settings of the layers with a window.
+        sliding_window_pattern: every how many layers one sees everything.
+    """
+
+    vocab_size: int = 262208
+    max_positions: int = 131072
+    rope: Rope = Rope(theta=1e6)
+    local_rope: Rope = Rope()
+    attention_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    logit_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    sliding_window_pattern: int = 6
+
+    model_type: ClassVar[str] = "gemma3_text"
+    HF: ClassVar[Mapping[str, str]] = {**gemma2.Config.HF, "sliding_window_pattern": "sliding_window_pattern"}
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
+        "base": "Gemma3TextModel",
+        "causal-lm": "Gemma3ForCausalLM",
+        "sequence-classification": "Gemma3TextForSequenceClassification",
+    }
+
+    @property
+    def period(self) -> int:
+        return self.sliding_window_pattern
+
+    def kind(self, full: bool) -> _decoder.Kind:
+        return _decoder.Kind(None, self.rope) if full else _decoder.Kind(self.sliding_window, self.local_rope)
+
+    @classmethod
+    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        given = data.get("rope_parameters") or {}
+        if not {"full_attention", "sliding_attention"} & given.keys():  # as transformers 4 wrote it
+            given = {
+                "full_attention": given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})},
+                "sliding_attention": {"rope_theta": data.get("rope_local_base_freq")},
+            }
+        own = super().read_special(
+            {**data, "rope_scaling": None, "rope_theta": None, "rope_parameters": given.get("full_attention")},
+            fields,
+            problems,
+        )
+        fields["local_rope"] = read_rope(
+            {"rope_parameters": given.get("sliding_attention")},
+            problems,
+            head_dim=data.get("head_dim") or fields["head_dim"],
+            max_positions=data.get("max_position_embeddings", cls.max_positions),
+            default=cls.local_rope,
+        )
+        if data.get("_sliding_window_pattern") is not None:
+            fields["sliding_window_pattern"] = data["_sliding_window_pattern"]
+        return own | {"rope_local_base_freq", "_sliding_window_pattern"}
+
+    def write_special(self) -> dict[str, Any]:
+        both = {"full_attention": self.rope, "sliding_attention": self.local_rope}
+        return {"rope_parameters": {name: rope_parameters(rope) for name, rope in both.items()}}
+
+
+WEIGHTS = _decoder.weights(_decoder.renamed(gemma2.NAMES | _decoder.HEAD_NORMS))
+
+FAMILY = _decoder.family(Config, WEIGHTS)

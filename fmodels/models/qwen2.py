@@ -1,0 +1,57 @@
+"""Qwen2: Llama with biases of queries, keys and values; its last layers may see a window.
+
+Source: Yang et al. 2024; matches transformers' `modeling_qwen2`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_decoder.Config):
+    """Qwen2's config; the defaults are transformers'.
+
+    Attributes:
+        use_sliding_window: whether any layer has a window.
+        max_window_layers: how many of the first layers have none.
+    """
+
+    vocab_size: int = 151936
+    intermediate_size: int = 22016
+    max_positions: int = 32768
+    sliding_window: int | None = 4096
+    use_sliding_window: bool = False
+    max_window_layers: int = 28
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    attention_bias: bool = True
+
+    model_type: ClassVar[str] = "qwen2"
+    HF: ClassVar[Mapping[str, str]] = {
+        **_decoder.Config.HF,
+        **_decoder.WINDOWS,
+        "use_sliding_window": "use_sliding_window",
+        "max_window_layers": "max_window_layers",
+    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen2", *_decoder.ALL)
+
+    @property
+    def output_bias(self) -> bool:
+        return False
+
+    @property
+    def kinds(self) -> tuple[_decoder.Kind, ...]:
+        later = ("full_attention",) * self.max_window_layers + ("sliding_attention",) * self.num_layers
+        types = self.layer_types or later[: self.num_layers]
+        window = self.sliding_window if self.use_sliding_window else None
+        return tuple(_decoder.Kind(window if t == "sliding_attention" else None, self.rope) for t in types)
+
+
+WEIGHTS = _decoder.weights()
+
+FAMILY = _decoder.family(Config, WEIGHTS)

@@ -1,0 +1,69 @@
+"""SmolLM3: Llama in which some layers know no positions.
+
+Source: Hugging Face 2025; matches transformers' `modeling_smollm3`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from fmodels.models import _decoder
+from fmodels.nn.positions import Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(_decoder.Config):
+    """SmolLM3's config; the defaults are the 3B model's.
+
+    Attributes:
+        use_sliding_window: whether the layers without positions have a window.
+        no_rope_layers: of each layer, 1 where it rotates, 0 where it does not; None for the rule of the interval.
+        no_rope_layer_interval: every how many layers one does not.
+    """
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    num_layers: int = 36
+    num_heads: int = 16
+    num_kv_heads: int = 4
+    max_positions: int = 32768
+    tie_word_embeddings: bool = True
+    rope: Rope = Rope(theta=2e6)
+    use_sliding_window: bool = False
+    no_rope_layers: tuple[int, ...] | None = None
+    no_rope_layer_interval: int = 4
+    bos_token_id: int | None = 128000
+    eos_token_id: int | tuple[int, ...] | None = 128001
+    pad_token_id: int | None = 128004
+
+    model_type: ClassVar[str] = "smollm3"
+    HF: ClassVar[Mapping[str, str]] = {
+        **_decoder.Config.HF,
+        **_decoder.WINDOWS,
+        "attention_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "use_sliding_window": "use_sliding_window",
+        "no_rope_layers": "no_rope_layers",
+        "no_rope_layer_interval": "no_rope_layer_interval",
+    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("SmolLM3", *_decoder.ALL)
+
+    @property
+    def kinds(self) -> tuple[_decoder.Kind, ...]:
+        turns = self.no_rope_layers
+        if turns is None:
+            turns = [(i + 1) % self.no_rope_layer_interval != 0 for i in range(self.num_layers)]
+        windows = [self.use_sliding_window and not turn for turn in turns]
+        if self.layer_types is not None:
+            windows = [t == "sliding_attention" for t in self.layer_types]
+        return tuple(
+            _decoder.Kind(self.sliding_window if window else None, self.rope if turn else None)
+            for window, turn in zip(windows, turns, strict=True)
+        )
+
+
+WEIGHTS = _decoder.weights()
+
+FAMILY = _decoder.family(Config, WEIGHTS)

@@ -1,0 +1,149 @@
+"""Layers that see a window: tokens of transformers 5, whatever form the cache has, and rings of the size that they need."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import fmodels as fm
+from fmodels.nn.cache import rings
+from interop.transformers import from_transformers
+from tests.generation.pairs import PAD, VOCAB, prompts
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 64, "attn_implementation": "eager", "pad_token_id": PAD,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+SHARES = {name: value for name, value in SIZES.items() if name != "head_dim"}
+MODELS = {
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(sliding_window=4, **SIZES)),
+    "gemma3_text": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(sliding_window=5, sliding_window_pattern=2, query_pre_attn_scalar=10, **SIZES)
+    ),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(use_sliding_window=True, sliding_window=3, max_window_layers=1, **SHARES)
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request):
+    torch.manual_seed(3)
+    model = MODELS[request.param]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    params, config = from_transformers(model)
+    return model, params, fm.unstack_layers(params), config
+
+
+def theirs(model, tokens, mask, **options):
+    options = {"do_sample": False, "return_dict_in_generate": True, "pad_token_id": PAD, **options}
+    return model.generate(torch.tensor(tokens), attention_mask=torch.tensor(mask), **options)
+
+
+HOW = {
+    "greedy": {},
+    "chunks": {"prefill_chunk_size": 16},
+    "speculation": {"prompt_lookup_num_tokens": 3},
+    "beams": {"num_beams": 3},
+    "8 bits": {"cache_implementation": "quantized"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_tokens_equal_transformers(models, how):
+    """Prompts longer than the window, and more new tokens than it has; as stacked layers and one by one."""
+    model, params, unstacked, config = models
+    tokens, mask = prompts(3, 20)
+    same = {"num_beams": 3} if how == "beams" else {}
+    want = theirs(model, tokens, mask, max_new_tokens=12, output_attentions=True, **same)
+    options = fm.GenerationConfig(output_attentions=how != "8 bits", pad_token_id=PAD, **HOW[how])
+    for tree in (params, unstacked):
+        got = fm.generate(tree, config, tokens, mask=mask, max_new_tokens=12, options=options)
+        if how == "8 bits":
+            assert (np.asarray(got.tokens) == want.sequences.numpy()).mean() > 0.8
+            continue
+        np.testing.assert_array_equal(got.tokens, want.sequences)
+        mine = np.asarray(got.outputs["attentions"])
+        # transformers gives the weights of the keys that it has kept: the last ones.
+        for step, layers in enumerate(want.attentions):
+            for i, layer in enumerate(layers):
+                weights = layer[:, :, -1].numpy()
+                last = 20 + step
+                ours = mine[:, step, i, :, :last][..., -weights.shape[-1] :]
+                np.testing.assert_allclose(ours, weights, atol=1e-5)
+                assert not mine[:, step, i, :, : last - weights.shape[-1]].any()
+
+
+def test_rings_are_as_small_as_they_can_be(models):
+    _, params, unstacked, config = models
+    windows = config.windows
+    assert rings(unstacked, config, 64) == tuple(64 if w is None else w - 1 for w in windows)
+    assert rings(unstacked, config, 64, ahead=3) == tuple(64 if w is None else w + 2 for w in windows)
+    assert rings(unstacked, config, 2) is None
+    same = len(set(windows)) == 1
+    assert rings(params, config, 64) == ((windows[0] - 1,) * 3 if same else None)
+    cache = fm.init_cache(unstacked, 2, 64, config=config)
+    assert [k.shape[-2] for k in cache.keys] == list(rings(unstacked, config, 64))
+    assert cache.mask.shape == (2, 64)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_forward_with_rings(models, width):
+    """Texts of three times the window, read in pieces: the logits of the whole text at once, by transformers."""
+    model, _, unstacked, config = models
+    tokens, mask = prompts(2, 21, seed=5)
+    with torch.no_grad():
+        want = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
+        places = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+        want = model(torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=places).logits.numpy()
+    for rows in (False, True):
+        cache = fm.init_cache(unstacked, 2, 21, config=config)
+        cache = cache._replace(length=jnp.zeros(2, jnp.int32)) if rows else cache
+        parts = []
+        for start in range(0, 21, width):
+            piece = slice(start, start + width)
+            out = fm.forward(unstacked, config, tokens[:, piece], mask=mask[:, piece], cache=cache)
+            cache = out.cache
+            parts.append(out.logits)
+        error = np.abs(np.concatenate(parts, 1) - want)
+        assert error[mask.astype(bool)].max() < 2e-5
+
+
+def test_chats_go_on(models):
+    """A cache that is kept holds the whole text: padding between turns counts nothing."""
+    model, _, unstacked, config = models
+    tokens, mask = prompts(2, 6)
+    options = fm.GenerationConfig(pad_token_id=PAD)
+    before = fm.generate(unstacked, config, tokens, mask=mask, max_new_tokens=9, options=options, keep_cache=True)
+    more = np.random.default_rng(8).integers(10, VOCAB, (2, 4))
+    got = fm.generate(unstacked, config, more, max_new_tokens=6, options=options, prefix=before)
+    whole = np.concatenate([np.asarray(before.tokens), more], 1)
+    real = np.concatenate([np.asarray(before.mask), np.ones_like(more)], 1).astype(np.int64)
+    np.testing.assert_array_equal(got.tokens, theirs(model, whole, real, max_new_tokens=6).sequences)
+
+
+def test_many(models):
+    """Rows are refilled at places of their own in the rings."""
+    _, _, unstacked, config = models
+    random = np.random.default_rng(2)
+    texts = [random.integers(10, VOCAB, n).tolist() for n in (3, 20, 9, 31, 5)]
+    found = fm.generate_many(unstacked, config, texts, max_new_tokens=10, batch_size=2)
+    for text, one in zip(texts, found, strict=True):
+        alone = fm.generate(unstacked, config, [text], max_new_tokens=10).tokens[0, len(text) :]
+        np.testing.assert_array_equal(one.tokens, alone)
+
+
+def test_draft_with_windows(models):
+    """The model drafts for itself, with noise that makes it fail now and then."""
+    _, _, unstacked, config = models
+    tokens, mask = prompts(2, 9)
+    noisy = jax.tree.map(lambda x: x + 0.03 * jax.random.normal(jax.random.key(x.size), x.shape), unstacked)
+    plain = fm.generate(unstacked, config, tokens, mask=mask, max_new_tokens=14)
+    options = fm.GenerationConfig(num_assistant_tokens=4)
+    got = fm.generate(unstacked, config, tokens, mask=mask, max_new_tokens=14, draft=(noisy, config), options=options)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
