@@ -64,6 +64,7 @@ AXES = {
     "embed.positions": "p e",
     "embed.types": "n e",
     "embed.distances": "m h",
+    "embed.sinusoids": "p k",
     "embed.norm.scale": "e",
     "embed.norm.bias": "e",
     "embed.projection.weight": "d e",
@@ -113,6 +114,9 @@ AXES = {
 The parts of encoder-decoder models have the same lines: `encoder.` and `decoder.` may stand before any of them, and
 `cross_attention` for `attention`.
 """
+
+TABLES = frozenset(path for path in AXES if path.startswith("embed.") and path.count(".") == 1)
+"""Leaves that are tables of embeddings: those directly under `embed`."""
 
 
 def split_layer(path: str) -> tuple[str, int | None]:

@@ -223,9 +223,9 @@ class TFModel(tf.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts numbers, a tied head once; `exclude_embeddings` leaves out the tables under `embed`."""
-        tables = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
-        names = fm.disk_names(self.config) if exclude_embeddings else {}
-        counted = [v for n, v in self.named_variables.items() if not names.get(n, ("",))[0].endswith(tables)]
+        names = fm.disk_names(self.config).items() if exclude_embeddings else ()
+        left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
+        counted = [v for n, v in self.named_variables.items() if n not in left_out]
         return sum(int(tf.size(v)) for v in counted if v.trainable or not only_trainable)
 
     def get_input_embeddings(self) -> tf.Variable:

@@ -29,6 +29,7 @@ BERT = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "num_hidden_layers": 3,
     "num_attention_heads": 4, "type_vocab_size": 3,
 }  # fmt: skip
+ROFORMER = BERT | {"num_attention_heads": 2}
 ELECTRA = BERT | {"embedding_size": 14}
 DISTILBERT = SIZES | {"max_position_embeddings": 32, "dim": 20, "hidden_dim": 37, "n_layers": 3, "n_heads": 4}
 MPNET = {name: value for name, value in BERT.items() if name != "type_vocab_size"} | {"pad_token_id": 1}
@@ -49,6 +50,7 @@ GEMMA2 = LLAMA | {"sliding_window": 3, "query_pre_attn_scalar": 7}
 GRANITE = LLAMA | {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7,
 }  # fmt: skip
+GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
 NESTED = {
@@ -57,7 +59,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm""".split()
+    stablelm gptj""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -273,6 +275,18 @@ CASES = (
     Case("albert/token-classification", "AlbertForTokenClassification", ALBERT | THREE),
     Case("albert/question-answering", "AlbertForQuestionAnswering", ALBERT),
     Case("albert/multiple-choice", "AlbertForMultipleChoice", ALBERT, token_types=3),
+    Case("gptj/base", "GPTJModel", GPTJ),
+    Case("gptj/causal-lm", "GPTJForCausalLM", GPTJ | {"n_inner": None}),
+    Case("gptj/sequence-classification", "GPTJForSequenceClassification", GPTJ | THREE),
+    Case("gptj/question-answering", "GPTJForQuestionAnswering", GPTJ),
+    Case("roformer/base", "RoFormerModel", ROFORMER | {"embedding_size": 14}, token_types=3),
+    Case("roformer/masked-lm", "RoFormerForMaskedLM", ROFORMER, token_types=3),
+    Case("roformer/masked-lm/untied", "RoFormerForMaskedLM", ROFORMER | {"embedding_size": 14} | {"tie_word_embeddings": False}),
+    Case("roformer/causal-lm", "RoFormerForCausalLM", ROFORMER | {"embedding_size": 14} | {"is_decoder": True}),
+    Case("roformer/sequence-classification", "RoFormerForSequenceClassification", ROFORMER | {"embedding_size": 14} | THREE),
+    Case("roformer/token-classification", "RoFormerForTokenClassification", ROFORMER | {"embedding_size": 14} | THREE),
+    Case("roformer/question-answering", "RoFormerForQuestionAnswering", ROFORMER | {"embedding_size": 14}),
+    Case("roformer/multiple-choice", "RoFormerForMultipleChoice", ROFORMER | {"embedding_size": 14}, token_types=3),
     Case("t5/base", "T5Model", T5 | {"feed_forward_proj": "gelu_new"}),
     Case("t5/seq2seq-lm", "T5ForConditionalGeneration", T5),
     Case("t5/seq2seq-lm/unscaled", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}),

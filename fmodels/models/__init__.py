@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fmodels.models import gemma2 as gemma2
     from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
+    from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
     from fmodels.models import mistral as mistral
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fmodels.models import qwen3 as qwen3
     from fmodels.models import roberta as roberta
     from fmodels.models import roberta_prelayernorm as roberta_prelayernorm
+    from fmodels.models import roformer as roformer
     from fmodels.models import smollm3 as smollm3
     from fmodels.models import stablelm as stablelm
     from fmodels.models import starcoder2 as starcoder2
@@ -79,6 +81,7 @@ FILES: dict[str, str] = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
+    "gptj": "gptj",
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
@@ -91,6 +94,7 @@ FILES: dict[str, str] = {
     "qwen3": "qwen3",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
+    "roformer": "roformer",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",

@@ -261,6 +261,7 @@ def renamed(names: Mapping[str, str | None]) -> dict[str, str]:
 def weights(
     names: Mapping[str, str | tuple[str, ...]] = NAMES,
     *extra: Rule,
+    prefix: str = "model",
     question_answering: str = "transformer",
     norm_bias: bool = False,
     when: Mapping[str, str] = {},
@@ -271,6 +272,7 @@ def weights(
         names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side
             and have no biases.
         extra: more rules.
+        prefix: of the base model.
         question_answering: the base model's prefix in models for question answering.
         norm_bias: whether norms have biases.
         when: leaf -> the property of the config that says whether it is there.
@@ -299,9 +301,9 @@ def weights(
         Rule("qa_outputs.bias", "classifier.bias", tasks=("question-answering",)),
     )
     return Weights(
-        prefix={"": "model", "question-answering": question_answering},
+        prefix={"": prefix, "question-answering": question_answering},
         tied={"lm_head.weight": "embed.tokens"},
-        ignored=(r"rotary_emb\.inv_freq$",),
+        ignored=(r"rotary_emb\.inv_freq$", r"(attention|attn)\.(bias|masked_bias)$"),
         rules=(*rules, *extra, *heads),
     )
 

@@ -10,8 +10,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
+from fmodels import schema
+from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, at, init_normal
 from fmodels.nn import layers
@@ -102,6 +105,11 @@ class Config(BaseConfig):
         return self.activation
 
     @property
+    def summary(self) -> str:
+        """Whether a head reads the `first` token or, without a pooler, the `last` column."""
+        return "first"
+
+    @property
     def order(self) -> tuple[int, ...] | None:
         """Which layer is applied at each step, where that is not each of them once."""
         return None
@@ -156,14 +164,10 @@ def rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
     for name, leaf in names.items():
         kind = "scale" if leaf.endswith("norm") else "weight"
         weight, bias = LAYOUTS.get(leaf, (None, None))
-        table = leaf in TABLES
+        table = leaf in schema.TABLES
         found.append(Rule(f"@{name}.weight", leaf if table else f"{leaf}.{kind}", weight))
         found += [] if table else [Rule(f"@{name}.bias", f"{leaf}.bias", bias)]
     return tuple(found)
-
-
-TABLES = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
-"""Leaves that are tables of embeddings."""
 
 
 LAYOUTS = {
@@ -269,12 +273,17 @@ def forward(
         table = params["embed"]["distances"]
         seen = with_distances(seen, table, cache, causal=config.causal, max_distance=128, count=BUCKETS)
 
+    rope = None
+    if "sinusoids" in params["embed"]:
+        sines, cosines = jnp.split(take(jax.lax.stop_gradient(params["embed"]["sinusoids"]), places), 2, axis=-1)
+        rope = cosines, sines
+
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         if config.pre_norm:
             y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot)
             x = x + y
             return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
-        y, slot = attention(p["attention"], x, seen, slot=slot)
+        y, slot = attention(p["attention"], x, seen, slot=slot, rope=rope, interleaved=True)
         x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
         return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
 
@@ -314,6 +323,7 @@ def _head(params: Params, config: Config, out: Output, select: Array | None) -> 
         return out._replace(logits=linear(params["classifier"], hidden).astype(jnp.float32))
     if "classifier" not in params:
         return out
-    assert out.pooled is not None
-    logits = linear(params["classifier"], out.pooled, "bd,cd->bc").astype(jnp.float32)
+    vector = hidden[:, -1] if out.pooled is None and config.summary == "last" else out.pooled
+    assert vector is not None
+    logits = linear(params["classifier"], vector, "bd,cd->bc").astype(jnp.float32)
     return out._replace(sequence_logits=logits) if config.task == "pretraining" else out._replace(logits=logits)

@@ -10,11 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmodels import tree
+from fmodels import schema, tree
 from fmodels.transforms import _leaves
 from fmodels.types import Params
-
-TABLES = (("embed", "tokens"), ("embed", "positions"), ("embed", "types"), ("embed", "distances"))
 
 
 def num_parameters(params: Params, *, exclude_embeddings: bool = False) -> int:
@@ -35,7 +33,7 @@ def num_parameters(params: Params, *, exclude_embeddings: bool = False) -> int:
     return sum(
         math.prod(leaf.shape)
         for path, leaf in tree.flatten(params).items()
-        if not _leaves.is_hole(leaf) and not (exclude_embeddings and tuple(path.split(".")[-2:]) in TABLES)
+        if not _leaves.is_hole(leaf) and not (exclude_embeddings and ".".join(path.split(".")[-2:]) in schema.TABLES)
     )
 
 

@@ -270,9 +270,8 @@ class TorchModel(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
-        tables = ("embed.tokens", "embed.positions", "embed.types", "embed.distances")
         names = fm.disk_names(self.config).items() if exclude_embeddings else ()
-        left_out = {name for name, leaves in names if leaves[0].endswith(tables)}
+        left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
         return sum(
             p.numel()
             for n, p in self.named_parameters()
