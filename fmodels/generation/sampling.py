@@ -250,7 +250,10 @@ def row_keys(key: Key, count: int) -> Key:
 
 def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
     def noise(key: Key, tokens: Array) -> Array:
-        return jax.vmap(lambda token: jax.random.gumbel(jax.random.fold_in(key, token)))(tokens)
+        """Gumbel noise of each token: the key that its number makes of the row's is its random bits, at one hash a token."""
+        bits = jax.vmap(lambda token: jax.random.key_data(jax.random.fold_in(key, token))[0])(tokens)
+        uniform = (bits >> 9).astype(jnp.float32) * jnp.float32(2**-23) + jnp.float32(2**-24)
+        return -jnp.log(-jnp.log(uniform))
 
     place = jnp.argmax(values + jax.vmap(noise)(keys, tokens), axis=-1)[:, None]
     logs = jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), place, axis=-1)
