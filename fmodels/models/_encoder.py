@@ -228,9 +228,9 @@ def lm_head(dense: str, norm: str, decoder: str, bias: str, *tasks: str, norm_fi
     )
 
 
-def weights(prefix: str, rules: tuple[Rule, ...], *, decoder: str = "", bias: str = "") -> Weights:
-    """The layout map, with the tied names of a `lm_head`."""
-    tied = {f"{decoder}.weight": "embed.tokens", f"{decoder}.bias": "lm_head.bias"} if decoder else {}
+def weights(prefix: str, rules: tuple[Rule, ...], *, decoder: str, bias: str = "") -> Weights:
+    """The layout map; a language model's head has its weight in `decoder`, and its bias there too or, apart, in `bias`."""
+    tied = {f"{decoder}.weight": "embed.tokens"} | ({f"{decoder}.bias": "lm_head.bias"} if bias else {})
     return Weights(
         prefix={"": prefix},
         tied=tied,

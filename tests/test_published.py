@@ -1,0 +1,83 @@
+"""The sizes of published models: names and shapes of every tensor are those of transformers, without computing anything."""
+
+import jax
+import pytest
+import torch
+import transformers as hf
+
+import fmodels as fm
+from fmodels.models import family
+from fmodels.weights import rules
+
+GEMMA = {"vocab_size": 256000, "tie_word_embeddings": True}
+PUBLISHED = {
+    "Llama-3.1-70B": ("LlamaForCausalLM", 70_553_706_496, {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+        },
+    }),
+    "Mistral-7B": ("MistralForCausalLM", 7_241_732_096, {"max_position_embeddings": 32768, "sliding_window": 4096}),
+    "Qwen2.5-7B": ("Qwen2ForCausalLM", 7_615_616_512, {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }),
+    "Qwen3-8B": ("Qwen3ForCausalLM", 8_190_735_360, {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128,
+    }),
+    "gemma-7b": ("GemmaForCausalLM", 8_537_680_896, GEMMA),
+    "gemma-2-9b": ("Gemma2ForCausalLM", 9_241_705_984, GEMMA | {
+        "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8,
+    }),
+    "gemma-3-1b": ("Gemma3ForCausalLM", 999_885_952, {
+        "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+    }),
+    "Phi-3-mini": ("Phi3ForCausalLM", 3_821_079_552, {"sliding_window": 2047}),
+    "phi-2": ("PhiForCausalLM", 2_779_683_840, {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
+    }),
+    "OLMo-2-7B": ("Olmo2ForCausalLM", 7_298_617_344, {"vocab_size": 100352, "num_key_value_heads": 32}),
+    "SmolLM3-3B": ("SmolLM3ForCausalLM", 3_075_098_624, {}),
+    "granite-3.1-8b": ("GraniteForCausalLM", 8_170_848_256, {
+        "vocab_size": 49155, "intermediate_size": 12800, "num_hidden_layers": 40, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    }),
+    "c4ai-command-r-v01": ("CohereForCausalLM", 34_980_831_232, {}),
+    "starcoder2-7b": ("Starcoder2ForCausalLM", 7_173_923_840, {
+        "hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32, "num_attention_heads": 36, "num_key_value_heads": 4,
+        "max_position_embeddings": 16384,
+    }),
+    "stablelm-3b": ("StableLmForCausalLM", 2_795_443_200, {}),
+    "gpt-j-6b": ("GPTJForCausalLM", 6_050_882_784, {}),
+    "xlm-roberta-large": ("XLMRobertaForMaskedLM", 560_142_482, {
+        "vocab_size": 250002, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "max_position_embeddings": 514, "type_vocab_size": 1,
+    }),
+    "albert-xxlarge-v2": ("AlbertForMaskedLM", 206_368_944, {}),
+    "electra-small": ("ElectraForPreTraining", 13_549_057, {}),
+    "all-mpnet-base-v2": ("MPNetModel", 109_486_464, {"max_position_embeddings": 514}),
+    "distilbert-base": ("DistilBertForMaskedLM", 66_985_530, {}),
+}  # fmt: skip
+"""Name -> transformers' class, numbers of the model (a tied head once), config."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_and_shapes(name):
+    architecture, count, sizes = PUBLISHED[name]
+    kind = getattr(hf, architecture)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**sizes))
+    model.tie_weights()
+    config = family(model.config.model_type).config.from_hf(model.config.to_dict() | {"architectures": [architecture]})
+    assert sum(p.numel() for p in model.parameters()) == count
+    params = fm.abstract(config, dtype="bfloat16")
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count == fm.num_parameters(params)
+    places = family(config).weights.places(config)
+    shapes = {disk: rules.disk_shape(place.rule, place.sizes(config)) for disk, place in places.items()}
+    repeats = family(config).weights.repeats(config)
+    theirs = {disk: tuple(tensor.shape) for disk, tensor in model.state_dict().items() if disk not in repeats}
+    assert {disk: shape for disk, shape in shapes.items() if disk in theirs} == theirs
+    assert [disk for disk in shapes.keys() - theirs.keys() if not places[disk].rule.optional] == []
