@@ -30,7 +30,7 @@ BERT = SIZES | {
     "num_attention_heads": 4, "type_vocab_size": 3,
 }  # fmt: skip
 ROFORMER = BERT | {"num_attention_heads": 2}
-ELECTRA = BERT | {"embedding_size": 14}
+ELECTRA = BERT | {"embedding_size": 17}
 DISTILBERT = SIZES | {"max_position_embeddings": 32, "dim": 20, "hidden_dim": 37, "n_layers": 3, "n_heads": 4}
 MPNET = {name: value for name, value in BERT.items() if name != "type_vocab_size"} | {"pad_token_id": 1}
 ALBERT = ELECTRA | {"num_hidden_layers": 5, "num_hidden_groups": 2}
