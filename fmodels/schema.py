@@ -251,7 +251,7 @@ def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = 
 
     Example:
         >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(vocab_size=5, hidden_size=4, pruned_heads=())
+        >>> config = SimpleNamespace(vocab_size=5, embedding_size=4, pruned_heads=())
         >>> abstract(["embed.tokens"], config, "float32")
         {'embed': {'tokens': ShapeDtypeStruct(shape=(5, 4), dtype=float32)}}
     """
