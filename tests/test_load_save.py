@@ -339,3 +339,23 @@ def test_new_head_takes_the_dtype_on_disk(case, tmp_path):
     families.build(families.by_name("llama/base")).to(torch.bfloat16).save_pretrained(tmp_path)
     params, _ = fm.load(tmp_path, task="token-classification", key=jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+def test_buffers_of_old_files(case, tmp_path):
+    """GPT-J's causal mask lies in old files and is read by nothing; in another family such a tensor is unknown."""
+    for name, buffers in (
+        ("gptj/causal-lm", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("llama/causal-lm", ["model.layers.0.self_attn.bias"]),
+    ):
+        row = case(name)
+        folder = tmp_path / name
+        shutil.copytree(row.folder, folder)
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors") | {
+            name: np.zeros(1, np.float32) for name in buffers
+        }
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if "gptj" in name:
+            chex.assert_trees_all_equal(fm.load(folder)[0], row.params)
+        else:
+            with pytest.raises(ValueError, match=r"no rule of llama .* matches 'model\.layers\.0\.self_attn\.bias'"):
+                fm.load(folder)

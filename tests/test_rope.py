@@ -162,3 +162,14 @@ def test_refused(rope, message):
     data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 10, "rope_parameters": rope}
     with pytest.raises(ValueError, match=message):
         fm.models.llama.Config.from_hf(data)
+
+
+@pytest.mark.parametrize(("rotary", "size"), [(30, 44), (26, 46), (64, 256)])
+def test_gptj_rotates_as_many_numbers_as_its_config_says(rotary, size):
+    """Not a share of the head, which rounding can make one less."""
+    data = {"n_embd": 2 * size, "n_head": 2, "rotary_dim": rotary, "architectures": ["GPTJModel"]}
+    for config in (
+        fm.models.gptj.Config.from_hf(data),
+        fm.models.gptj.Config(hidden_size=2 * size, num_heads=2, num_kv_heads=2, head_dim=size, rotary_dim=rotary),
+    ):
+        assert config.rotary_size(config.rope) == rotary

@@ -111,10 +111,10 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if rotated(self.head_dim, self.rope) % 2:
+        if self.rotary_size(self.rope) % 2:
             raise ValueError(
                 f"{self.model_type}.Config: rotary embeddings turn pairs of numbers; of head_dim={self.head_dim} "
-                f"{rotated(self.head_dim, self.rope)} would be turned, which is odd"
+                f"{self.rotary_size(self.rope)} would be turned, which is odd"
             )
         if self.layer_types is not None and len(self.layer_types) != self.num_layers:
             raise ValueError(
@@ -129,6 +129,10 @@ class Config(BaseConfig):
     def rope_theta(self) -> float:
         """The base of the rotary frequencies, `rope.theta`."""
         return self.rope.theta
+
+    def rotary_size(self, rope: Rope) -> int:
+        """How many numbers of each head are rotated."""
+        return rotated(self.head_dim, rope)
 
     @property
     def output_bias(self) -> bool:
@@ -265,6 +269,7 @@ def weights(
     question_answering: str = "transformer",
     norm_bias: bool = False,
     when: Mapping[str, str] = {},
+    ignored: tuple[str, ...] = (),
 ) -> Weights:
     """The layout map of a decoder.
 
@@ -276,6 +281,7 @@ def weights(
         question_answering: the base model's prefix in models for question answering.
         norm_bias: whether norms have biases.
         when: leaf -> the property of the config that says whether it is there.
+        ignored: regular expressions of names of buffers that old files have and nothing reads.
     """
     rules: list[Rule] = []
     for name, leaf in names.items():
@@ -303,7 +309,7 @@ def weights(
     return Weights(
         prefix={"": prefix, "question-answering": question_answering},
         tied={"lm_head.weight": "embed.tokens"},
-        ignored=(r"rotary_emb\.inv_freq$", r"(attention|attn)\.(bias|masked_bias)$"),
+        ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
     )
 
@@ -397,8 +403,7 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
     def make(kind: Kind) -> Any:
         seen = attend(present, cache, causal=True, window=kind.window, slots=slots[kinds.index(kind)])
         rope = config.rope if kind.rope is None else kind.rope
-        size = rotated(config.head_dim, rope)
-        tables = rope_tables(rope, positions, size, config.max_positions)
+        tables = rope_tables(rope, positions, config.rotary_size(rope), config.max_positions)
         if kind.rope is None:  # angles of zero
             tables = (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))
         if len(different) > 1 and seen.old is not None:

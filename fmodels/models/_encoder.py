@@ -149,9 +149,10 @@ class PaddedConfig(Config):
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        known = {key: data[key] for key in ("pad_token_id",) if key in data}
-        if known.get("pad_token_id", 1) is not None and "max_position_embeddings" in data:
-            fields["max_positions"] = data["max_position_embeddings"] - cls(task="base", **known).position_offset
+        pad = data.get("pad_token_id", cls.pad_token_id)
+        if pad is not None:  # else the config says what is wrong
+            rows = data.get("max_position_embeddings", 512)
+            fields["max_positions"] = rows - cls(task="base", pad_token_id=pad).position_offset
         return {"max_position_embeddings"} | super().read_special(data, fields, problems)
 
     def write_special(self) -> dict[str, Any]:

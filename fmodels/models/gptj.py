@@ -63,6 +63,9 @@ class Config(_decoder.Config):
         "GPTJ", "sequence-classification", "question-answering"
     )
 
+    def rotary_size(self, rope: Rope) -> int:
+        return self.rotary_dim
+
     @property
     def head_bias(self) -> bool:
         return True
@@ -75,9 +78,7 @@ class Config(_decoder.Config):
         if data.get("rotary_dim", cls.rotary_dim) is None:
             problems.append("rotary_dim=null is not supported, only a number")
             return set()
-        size = hidden // heads
-        share = data.get("rotary_dim", cls.rotary_dim) / size
-        fields |= {"num_kv_heads": heads, "head_dim": size, "rope": Rope(partial_rotary_factor=share)}
+        fields |= {"num_kv_heads": heads, "head_dim": hidden // heads}
         fields["intermediate_size"] = 4 * hidden  # where n_inner is null
         return set()
 
@@ -101,6 +102,7 @@ WEIGHTS = _decoder.weights(
     },
     prefix="transformer",
     norm_bias=True,
+    ignored=(r"attn\.(bias|masked_bias)$",),  # the causal mask
 )
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -63,8 +63,7 @@ def attend(
         present: `(b t)` bool, True for real tokens.
         cache: with the tokens before these; one that they fill from end to end has none.
         causal: whether a token of this call sees only those of this call at its own place and before it.
-        window: how many tokens a token sees at most, itself included, those before it in a causal model and those on
-            both sides, `window // 2` each, in another; only real tokens count.
+        window: how many tokens a token of a causal model sees at most, itself included; only real tokens count.
         slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
     """
     t = present.shape[1]
@@ -73,11 +72,10 @@ def attend(
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]
     if window is not None:
-        near = window - 1 if causal else window // 2
         places = jnp.cumsum(present, axis=-1, dtype=jnp.int32)
         if cache is not None:
             places = places + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
-        new = new & (jnp.abs(places[:, :, None] - places[:, None, :]) <= near)
+        new = new & (places[:, :, None] - places[:, None, :] < window)
         if old is not None and cache is not None:
             before, there = jnp.cumsum(cache.mask, axis=-1, dtype=jnp.int32), cache.mask
             if slots is not None and slots < cache.mask.shape[1]:
@@ -85,7 +83,7 @@ def attend(
                 index = jnp.maximum(columns, 0)
                 before, there = (jnp.take_along_axis(x, index, axis=1) for x in (before, there))
                 there = there & (columns >= 0)
-            old = there[:, None, :] & (places[:, :, None] - before[:, None, :] <= near)
+            old = there[:, None, :] & (places[:, :, None] - before[:, None, :] < window)
     return Attend(new, old)
 
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,8 +78,6 @@ def main():
     versions = {module.__name__: module.__version__ for module in (jax, torch, transformers, np)}
     report = {"device": jax.devices()[0].device_kind, "python": sys.version.split()[0], **versions, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        from pathlib import Path
-
         report["rows"] += parity(Path(folder))
     for name, batch in (("gpt2-small", 1), ("qwen2-0.5b-shaped", 1), ("qwen2-0.5b-shaped", 32)):
         report["rows"].append(decoding(name, batch))
