@@ -248,13 +248,27 @@ def row_keys(key: Key, count: int) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
-def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
-    def noise(key: Key, tokens: Array) -> Array:
-        """Gumbel noise of each token: the key that its number makes of the row's is its random bits, at one hash a token."""
+def gumbel(keys: Key, tokens: Array) -> Array:
+    """Standard Gumbel noise of each token in each row.
+
+    Args:
+        keys: random keys `(b)`.
+        tokens: `(b c)`; the noise of a token depends on its row's key and its number, not on its place.
+
+    Returns:
+        `(b c)` float32.
+    """
+
+    def of_row(key: Key, tokens: Array) -> Array:
+        # The key that the token's number makes of the row's is its random bits: one hash a token.
         bits = jax.vmap(lambda token: jax.random.key_data(jax.random.fold_in(key, token))[0])(tokens)
         uniform = (bits >> 9).astype(jnp.float32) * jnp.float32(2**-23) + jnp.float32(2**-24)
         return -jnp.log(-jnp.log(uniform))
 
-    place = jnp.argmax(values + jax.vmap(noise)(keys, tokens), axis=-1)[:, None]
+    return jax.vmap(of_row)(keys, tokens)
+
+
+def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
+    place = jnp.argmax(values + gumbel(keys, tokens), axis=-1)[:, None]
     logs = jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), place, axis=-1)
     return jnp.take_along_axis(tokens, place, axis=-1)[:, 0].astype(jnp.int32), logs[:, 0]

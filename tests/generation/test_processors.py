@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers as hf
 
@@ -11,7 +12,7 @@ import fmodels as fm
 from fmodels.generation import history as said
 from fmodels.generation import logits as rules
 from fmodels.generation.options import build, process
-from fmodels.generation.sampling import Warp, cut, draw, warp_logits
+from fmodels.generation.sampling import Warp, cut, draw, gumbel, row_keys, warp_logits
 from interop.transformers import from_transformers
 
 VOCAB = 61
@@ -107,11 +108,22 @@ def test_drawing_from_candidates_is_drawing_from_all(kind, on):
     assert np.isfinite(want).all()
     np.testing.assert_allclose(logprob, want, atol=2e-5)
     # The noise belongs to the token, so a draw from all of the vocabulary takes the same token.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(batch))
-    noise = jax.vmap(lambda k: jax.vmap(lambda t: jax.random.gumbel(jax.random.fold_in(k, t)))(jnp.arange(vocabulary)))(
-        keys
-    )
+    noise = gumbel(row_keys(jax.random.key(3), batch), jnp.broadcast_to(jnp.arange(vocabulary), (batch, vocabulary)))
     np.testing.assert_array_equal(token, np.argmax(whole + np.asarray(noise), axis=-1))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_noise_is_gumbel_noise(seed):
+    """Of each token over the rows, of each row over the tokens, and of no token the same as of its neighbour or its row's."""
+    rows, tokens = 300, 400
+    noise = np.asarray(gumbel(row_keys(jax.random.key(seed), rows), jnp.broadcast_to(jnp.arange(tokens), (rows, tokens))))
+    assert scipy.stats.kstest(noise.ravel(), scipy.stats.gumbel_r.cdf).pvalue > 1e-3
+    for values in (noise, noise.T):
+        levels = np.array([scipy.stats.kstest(line, scipy.stats.gumbel_r.cdf).pvalue for line in values])
+        assert scipy.stats.kstest(levels, "uniform").pvalue > 1e-3
+        correlations = np.corrcoef(values)[np.triu_indices(len(values), 1)] * np.sqrt(values.shape[1])
+        assert abs(correlations.mean()) < 0.03 and abs(correlations.std() - 1) < 0.03
+        assert abs(correlations).max() < 6
 
 
 def histories(seed=0, batch=4, width=12, room=6, high=9, **options):
