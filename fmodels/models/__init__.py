@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from fmodels.models import albert as albert
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
+    from fmodels.models import bloom as bloom
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
+    from fmodels.models import falcon as falcon
     from fmodels.models import gemma as gemma
     from fmodels.models import gemma2 as gemma2
     from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
+    from fmodels.models import gpt_neo as gpt_neo
     from fmodels.models import gpt_neox as gpt_neox
     from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
     from fmodels.models import olmo2 as olmo2
+    from fmodels.models import opt as opt
     from fmodels.models import phi as phi
     from fmodels.models import phi3 as phi3
     from fmodels.models import qwen2 as qwen2
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from fmodels.models import stablelm as stablelm
     from fmodels.models import starcoder2 as starcoder2
     from fmodels.models import t5 as t5
+    from fmodels.models import xglm as xglm
     from fmodels.models import xlm_roberta as xlm_roberta
 
 
@@ -74,14 +79,17 @@ FILES: dict[str, str] = {
     "albert": "albert",
     "bart": "bart",
     "bert": "bert",
+    "bloom": "bloom",
     "camembert": "camembert",
     "cohere": "cohere",
     "distilbert": "distilbert",
     "electra": "electra",
+    "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
+    "gpt_neo": "gpt_neo",
     "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "granite": "granite",
@@ -90,6 +98,7 @@ FILES: dict[str, str] = {
     "mpnet": "mpnet",
     "mt5": "mt5",
     "olmo2": "olmo2",
+    "opt": "opt",
     "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
@@ -101,6 +110,7 @@ FILES: dict[str, str] = {
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "t5": "t5",
+    "xglm": "xglm",
     "xlm-roberta": "xlm_roberta",
 }
 """`model_type` -> file."""
