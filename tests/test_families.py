@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import fmodels as fm
 from fmodels import nn
@@ -45,6 +46,42 @@ def test_other_summaries_are_refused():
         fm.models.gpt2.Config.from_hf(data | {"summary_type": "mean"})
     other = data | {"summary_type": "mean", "architectures": ["GPT2LMHeadModel"]}
     assert fm.models.gpt2.Config.from_hf(other).to_hf()["summary_type"] == "mean"
+
+
+def test_old_and_other_keys():
+    """transformers reads the same from them."""
+    for kind, family, keys, fields in (
+        (transformers.GPTNeoXConfig, "gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 50}, ("rope",)),
+        (transformers.BloomConfig, "bloom", {"n_embed": 48, "num_attention_heads": 6}, ("hidden_size", "num_heads")),
+        (transformers.OPTConfig, "opt", {"hidden_size": 24, "enable_bias": False}, ("embedding_size", "mlp_bias")),
+        (transformers.XGLMConfig, "xglm", {"hidden_size": 32, "num_hidden_layers": 3}, ("head_dim", "num_layers")),
+        (transformers.FalconConfig, "falcon", {"n_embed": 142, "num_attention_heads": 71}, ("hidden_size", "head_dim")),
+        (transformers.GPTNeoConfig, "gpt_neo", {"attention_layers": ["local"] * 24}, ("attention_layers", "kinds")),
+    ):
+        ours = FAMILIES[family].config.from_hf(keys, task="base")
+        theirs = FAMILIES[family].config.from_hf(kind(**keys).to_dict(), task="base")
+        assert ours == theirs
+        default = FAMILIES[family].config.from_hf({}, task="base")
+        assert default == FAMILIES[family].config.from_hf(kind().to_dict(), task="base") == FAMILIES[family].config()
+        assert all(getattr(ours, name) != getattr(FAMILIES[family].config(), name) for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "words"),
+    [
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn=false"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        ("falcon", {"multi_query": False, "num_kv_heads": 7}, "num_kv_heads=7"),
+        ("opt", {"word_embed_proj_dim": 512, "architectures": ["OPTForSequenceClassification"]}, "word_embed_proj_dim=512"),
+        ("gpt_neo", {"attention_types": [[["global", "far"], 12]]}, "layer_types has far"),
+        ("gpt_neox", {"hidden_size": 100}, "hidden_size=100 is not a multiple of num_attention_heads=64"),
+        ("bloom", {"hidden_size": 100}, "hidden_size=100 is not a multiple of n_head=8"),
+    ],
+)  # fmt: skip
+def test_what_decoders_refuse(family, keys, words):
+    task = None if "architectures" in keys else "base"
+    with pytest.raises(ValueError, match=words):
+        FAMILIES[family].config.from_hf(keys, task=task)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

@@ -15,19 +15,19 @@ from fmodels.nn.positions import alibi_slopes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_decoder.Config):
-    """BLOOM's config; the defaults are those of its 560M model.
+    """BLOOM's config; the defaults are transformers'.
 
     Attributes:
         norm_residual: whether what a block adds to is its normed input.
     """
 
     vocab_size: int = 250880
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_layers: int = 24
-    num_heads: int = 16
-    num_kv_heads: int = 16
-    head_dim: int = 64
+    hidden_size: int = 64
+    intermediate_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 8
     norm_eps: float = 1e-5
     activation: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True

@@ -18,6 +18,7 @@ SIZES = {
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 SHARES = {name: value for name, value in SIZES.items() if name != "head_dim"}
+NEO = {name: SIZES[name] for name in SIZES if not name.startswith("num_") and name != "head_dim"}
 MODELS = {
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(sliding_window=4, **SIZES)),
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(
@@ -25,6 +26,11 @@ MODELS = {
     ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(
         hf.Qwen2Config(use_sliding_window=True, sliding_window=3, max_window_layers=1, **SHARES)
+    ),
+    "gpt_neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            num_layers=3, num_heads=4, window_size=4, attention_types=[[["local", "global"], 1], [["local"], 1]], **NEO
+        )
     ),
 }
 
