@@ -436,6 +436,18 @@ def test_mutated_parts_fail(case, monkeypatch, mutation):
         check_parity(loaded, "left", config=config)
 
 
+def test_eager_falcon_adds_alibi_twice(case, monkeypatch):
+    """Why `Config.reference` says "sdpa": what transformers computes by default, and what the models were trained with."""
+    loaded = case("falcon/base/alibi")
+    assert loaded.config.reference == loaded.attention == "sdpa"
+    model = transformers.FalconModel.from_pretrained(loaded.folder, attn_implementation="eager")
+    want = families.reference(model, loaded.inputs())["hidden"]
+    assert np.abs(want - loaded.reference()["hidden"]).max() > 1e-2
+    monkeypatch.setattr(type(loaded.config), "slopes_scale", 2 / math.sqrt(loaded.config.head_dim))
+    got = loaded.forward(config=dataclasses.replace(loaded.config, bos_token_id=57)).hidden  # not the compiled one
+    assert np.abs(np.asarray(got) - want).max() < 1e-5
+
+
 def test_bfloat16_runs_in_bfloat16(case):
     """Hidden states stay in the parameters' dtype, logits are float32, and both are near transformers' bfloat16."""
     loaded = case("llama/causal-lm")

@@ -171,6 +171,11 @@ class Config:
         return not self.tie_word_embeddings
 
     @property
+    def reference(self) -> str:
+        """Which `attn_implementation` of transformers has the family's numbers."""
+        return "eager"
+
+    @property
     def is_encoder_decoder(self) -> bool:
         """Whether the model reads tokens with an encoder and goes on from `decoder_tokens`."""
         return False

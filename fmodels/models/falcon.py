@@ -81,6 +81,10 @@ class Config(_decoder.Config):
         return not self.alibi
 
     @property
+    def reference(self) -> str:
+        return "sdpa" if self.alibi else "eager"
+
+    @property
     def slopes(self) -> tuple[float, ...] | None:
         return tuple(alibi_slopes(self.num_heads).tolist()) if self.alibi else None
 
