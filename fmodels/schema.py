@@ -28,6 +28,9 @@ LETTERS = {
     "g": "key-value heads",
     "k": "head size",
     "f": "intermediate",
+    "x": "experts",
+    "i": "expert intermediate",
+    "j": "shared intermediate",
     "v": "vocabulary",
     "c": "classes",
     "l": "layer",
@@ -44,11 +47,17 @@ SIZES = {
     "g": "num_kv_heads",
     "k": "head_dim",
     "f": "intermediate_size",
+    "x": "num_experts",
+    "i": "expert_size",
+    "j": "shared_size",
     "v": "vocab_size",
     "c": "num_labels",
     "l": "num_layers",
 }
 """Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
+
+LIKE = {"e": "d", "i": "f", "j": "f"}
+"""Letter -> the letter whose rule of sharding, and whose size, is also its own where it has none."""
 
 CLASSES = {
     "multiple-choice": 1, "double-heads": 1, "replaced-token-detection": 1, "next-sentence": 2, "pretraining": 2,
@@ -95,6 +104,14 @@ AXES = {
     "layers.mlp.up.bias": "l f",
     "layers.mlp.down.weight": "l d f",
     "layers.mlp.down.bias": "l d",
+    "layers.moe.router.weight": "l x d",
+    "layers.moe.gate.weight": "l x i d",
+    "layers.moe.up.weight": "l x i d",
+    "layers.moe.down.weight": "l x d i",
+    "layers.moe.shared.gate.weight": "l j d",
+    "layers.moe.shared.up.weight": "l j d",
+    "layers.moe.shared.down.weight": "l d j",
+    "layers.moe.shared_gate.weight": "l d",
     "final_norm.scale": "d",
     "final_norm.bias": "d",
     "pooler.weight": "d d",
@@ -205,6 +222,8 @@ def kept_heads(config: Any, layer: int) -> tuple[int, ...]:
 def field(config: Any, path: str, letter: str) -> str:
     """The config's field with the size of `letter` at `path`: `decoder_num_layers` where there is one, `num_layers`."""
     own = f"{stack(path)}_{SIZES[letter]}"
+    if not hasattr(config, SIZES[letter]) and letter in LIKE:
+        return field(config, path, LIKE[letter])
     return own if hasattr(config, own) else SIZES[letter]
 
 
@@ -222,20 +241,31 @@ def sizes(config: Any, path: str = "", layer: int | None = None) -> dict[str, in
 
 
 def is_ragged(config: Any) -> bool:
-    """True if layers differ in their numbers of heads, so that they cannot be stacked."""
-    return len({heads(config, layer) for layer in range(config.num_layers)}) > 1
+    """True if layers differ in their parts or in their numbers of heads, so that they cannot be stacked."""
+    if any(len(set(has)) > 1 for has in parts(config).values()):
+        return True
+    return bool(config.pruned_heads) and len({heads(config, layer) for layer in range(config.num_layers)}) > 1
+
+
+def parts(config: Any) -> Mapping[str, tuple[bool, ...]]:
+    """The part of a layer, such as `"moe"` -> which layers have it, for the parts that not all need have."""
+    return getattr(config, "layer_parts", {})
+
+
+def layers_of(path: str, config: Any) -> list[int]:
+    """The layers that have the leaf at `path`, which is in stacked form."""
+    has = parts(config).get(line(path).split(".")[1])
+    return [i for i in range(sizes(config, path)["l"]) if has is None or has[i]]
 
 
 def paths(leaves: Iterable[str], config: Any, *, stacked: bool) -> list[str]:
     """Expands paths in stacked form to those of a tree with as many layers as the config says, stacked or not."""
-    if stacked:
-        return list(leaves)
     expanded: list[str] = []
     for path in leaves:
-        if "l" in axes(path):
-            expanded += [with_layer(path, i) for i in range(sizes(config, path)["l"])]
-        else:
+        if "l" not in axes(path):
             expanded.append(path)
+        elif there := layers_of(path, config):
+            expanded += [path] if stacked else [with_layer(path, i) for i in there]
     return expanded
 
 
@@ -255,7 +285,7 @@ def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = 
         >>> abstract(["embed.tokens"], config, "float32")
         {'embed': {'tokens': ShapeDtypeStruct(shape=(5, 4), dtype=float32)}}
     """
-    stacked = stacked and not (config.pruned_heads and is_ragged(config))
+    stacked = stacked and not is_ragged(config)
     return tree.unflatten(
         {p: jax.ShapeDtypeStruct(shape(p, config), dtype) for p in paths(leaves, config, stacked=stacked)}
     )
@@ -329,7 +359,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
         mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
-            also that of `e`, unless it has its own.
+            also that of `e`, and that of `f` that of experts' and shared ones, unless they have their own.
 
     Example:
         >>> import jax
@@ -337,7 +367,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
         >>> partition(params, {"v": "model"})["embed"]["tokens"]
         P('model', None)
     """
-    mesh_axes = {"e": mesh_axes["d"], **mesh_axes} if "d" in mesh_axes else mesh_axes
+    mesh_axes = {**{letter: mesh_axes[other] for letter, other in LIKE.items() if other in mesh_axes}, **mesh_axes}
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
         used: set[str] = set()

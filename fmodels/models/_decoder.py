@@ -22,6 +22,7 @@ from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
+from fmodels.nn.experts import Gate, Routing, moe
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
 from fmodels.nn.positions import Rope, of_call, rope_tables
@@ -157,6 +158,16 @@ class Config(BaseConfig):
     @property
     def attention_cap(self) -> float | None:
         """The scores are squeezed between this and its negative."""
+        return None
+
+    @property
+    def routing(self) -> Routing:
+        """How tokens go to experts, in layers that have some."""
+        return Routing(1)
+
+    @property
+    def expert_clamp(self) -> tuple[float, float] | None:
+        """Of the experts' gated form, see `Gate`."""
         return None
 
     @property
@@ -347,6 +358,7 @@ def forward(
     cache: Cache | None = None,
     select: Array | None = None,
     keep: Keep = NOTHING,
+    experts: str | None = None,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`."""
     if token_types is not None:
@@ -371,6 +383,14 @@ def forward(
     def residual(x: Array, y: Array) -> Array:
         return x + (y if config.residual_scale is None else y * jnp.asarray(config.residual_scale, y.dtype))
 
+    gate = Gate(config.activation, config.expert_clamp)
+
+    def feed(p: Params, x: Array, slot: Any) -> Any:
+        if "moe" not in p:
+            return mlp(p["mlp"], x, config.activation), slot
+        y, logits = moe(p["moe"], x, config.routing, gate, how=experts)
+        return y, slot._replace(routed=logits)
+
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
         before = norm(p["attention_norm"], x) if "attention_norm" in p else x
@@ -380,9 +400,10 @@ def forward(
         )  # fmt: skip
         y = norm(p["attention_after_norm"], y) if "attention_after_norm" in p else y
         if config.parallel:
-            return x + y + mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else before, config.activation), slot
+            fed, slot = feed(p, norm(p["mlp_norm"], x) if "mlp_norm" in p else before, slot)
+            return x + y + fed, slot
         x = residual(x, y)
-        y = mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else x, config.activation)
+        y, slot = feed(p, norm(p["mlp_norm"], x) if "mlp_norm" in p else x, slot)
         return residual(x, norm(p["mlp_after_norm"], y) if "mlp_after_norm" in p else y), slot
 
     x = embed(params["embed"], tokens, scale=config.embedding_scale)

@@ -25,6 +25,7 @@ class Slot(NamedTuple):
         columns: of the cache's mask; keys and values with fewer slots are a ring.
         weights: `(b h t s)` of the layer's attentions so far, in the order in which they are called; None where nobody
             asks for them.
+        routed: `(b t x)`, the logits of the layer's router, if it has one.
     """
 
     keys: Any = None
@@ -33,6 +34,7 @@ class Slot(NamedTuple):
     start: Any = None
     columns: int = 0
     weights: tuple[Array, ...] | None = None
+    routed: Array | None = None
 
     def keep(self, weights: Array) -> Slot:
         """With the weights of another attention, if they are asked for."""
