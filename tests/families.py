@@ -50,6 +50,7 @@ GEMMA2 = LLAMA | {"sliding_window": 3, "query_pre_attn_scalar": 7}
 GRANITE = LLAMA | {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7,
 }  # fmt: skip
+NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
@@ -59,7 +60,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm gptj""".split()
+    stablelm gptj gpt_neox""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -279,6 +280,18 @@ CASES = (
     Case("gptj/causal-lm", "GPTJForCausalLM", GPTJ | {"n_inner": None}),
     Case("gptj/sequence-classification", "GPTJForSequenceClassification", GPTJ | THREE),
     Case("gptj/question-answering", "GPTJForQuestionAnswering", GPTJ),
+    Case("gpt_neox/base", "GPTNeoXModel", NEOX | {"hidden_size": 32, "use_parallel_residual": False}),
+    Case("gpt_neox/causal-lm", "GPTNeoXForCausalLM", NEOX | {"hidden_size": 32}),
+    Case(
+        "gpt_neox/causal-lm/tied", "GPTNeoXForCausalLM",
+        NEOX | {
+            "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new",
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    Case("gpt_neox/sequence-classification", "GPTNeoXForSequenceClassification", NEOX | {"hidden_size": 32} | THREE),
+    Case("gpt_neox/token-classification", "GPTNeoXForTokenClassification", NEOX | {"hidden_size": 32} | THREE),
+    Case("gpt_neox/question-answering", "GPTNeoXForQuestionAnswering", NEOX | {"hidden_size": 32}),
     Case("roformer/base", "RoFormerModel", ROFORMER | {"embedding_size": 14}, token_types=3),
     Case("roformer/masked-lm", "RoFormerForMaskedLM", ROFORMER, token_types=3),
     Case("roformer/masked-lm/untied", "RoFormerForMaskedLM", ROFORMER | {"embedding_size": 14} | {"tie_word_embeddings": False}),
