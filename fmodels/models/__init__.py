@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
     from fmodels.models import mistral as mistral
+    from fmodels.models import mixtral as mixtral
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
     from fmodels.models import olmo2 as olmo2
     from fmodels.models import phi as phi
     from fmodels.models import phi3 as phi3
     from fmodels.models import qwen2 as qwen2
+    from fmodels.models import qwen2_moe as qwen2_moe
     from fmodels.models import qwen3 as qwen3
+    from fmodels.models import qwen3_moe as qwen3_moe
     from fmodels.models import roberta as roberta
     from fmodels.models import roberta_prelayernorm as roberta_prelayernorm
     from fmodels.models import roformer as roformer
@@ -87,13 +90,16 @@ FILES: dict[str, str] = {
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
+    "mixtral": "mixtral",
     "mpnet": "mpnet",
     "mt5": "mt5",
     "olmo2": "olmo2",
     "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
     "roformer": "roformer",
