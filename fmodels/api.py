@@ -350,9 +350,10 @@ def match_config(params: Params, config: Config) -> Config:
     leaves = {schema.stacked_path(path) for path in tree.flatten(params)}
     if "lm_head.weight" in leaves:
         changes["tie_word_embeddings"] = False
-    for field, path in (("attention_bias", "layers.attention.query.bias"), ("mlp_bias", "layers.mlp.up.bias")):
+    biases = {"attention_bias": ("query", "latent"), "mlp_bias": ("up",)}
+    for field, names in biases.items():
         if hasattr(config, field):
-            changes[field] = path in leaves
+            changes[field] = any(f"layers.{field.removesuffix('_bias')}.{name}.bias" in leaves for name in names)
     changes = {field: value for field, value in changes.items() if getattr(config, field) != value}
     return dataclasses.replace(config, **changes) if changes else config
 

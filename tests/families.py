@@ -55,6 +55,14 @@ GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXTRAL = LLAMA | {"num_local_experts": 5, "num_hidden_layers": 2, "hidden_size": 20}
 QWEN_MOE = LLAMA | {"num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 9}
 QWEN2_MOE = SMALL | QWEN_MOE | {"head_dim": 10, "shared_expert_intermediate_size": 11}
+GPT_OSS = MIXTRAL | {"sliding_window": 3, "swiglu_limit": 0.7}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 50.0, "original_max_position_embeddings": 8}
+DEEPSEEK = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "moe_intermediate_size": 9, "num_hidden_layers": 2,
+    "first_k_dense_replace": 1, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 7, "kv_lora_rank": 5,
+    "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 8, "n_routed_experts": 6, "n_group": 3, "topk_group": 2,
+    "num_experts_per_tok": 3,
+}  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
 NESTED = {
@@ -63,7 +71,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm gptj gpt_neox mixtral qwen2_moe qwen3_moe""".split()
+    stablelm gptj gpt_neox mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -181,6 +189,31 @@ CASES = (
     Case("qwen3_moe/sequence-classification", "Qwen3MoeForSequenceClassification", QWEN_MOE | THREE),
     Case("qwen3_moe/token-classification", "Qwen3MoeForTokenClassification", QWEN_MOE | THREE),
     Case("qwen3_moe/question-answering", "Qwen3MoeForQuestionAnswering", QWEN_MOE),
+    Case("gpt_oss/base", "GptOssModel", GPT_OSS),
+    Case("gpt_oss/causal-lm", "GptOssForCausalLM", GPT_OSS | {"num_hidden_layers": 3, "rope_parameters": YARN}),
+    Case(
+        "gpt_oss/causal-lm/no-bias", "GptOssForCausalLM",
+        GPT_OSS | {
+            "attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.1, "num_experts_per_tok": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    Case("gpt_oss/sequence-classification", "GptOssForSequenceClassification", GPT_OSS | THREE),
+    Case("gpt_oss/token-classification", "GptOssForTokenClassification", GPT_OSS | THREE),
+    Case("deepseek_v3/base", "DeepseekV3Model", DEEPSEEK | {"q_lora_rank": None, "first_k_dense_replace": 0, "rope_interleave": False}),
+    Case(
+        "deepseek_v3/causal-lm", "DeepseekV3ForCausalLM",
+        DEEPSEEK | {"attention_bias": True, "n_shared_experts": 2, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    Case(
+        "deepseek_v3/causal-lm/one-group", "DeepseekV3ForCausalLM",
+        DEEPSEEK | {
+            "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("deepseek_v3/sequence-classification", "DeepseekV3ForSequenceClassification", DEEPSEEK | THREE),
+    Case("deepseek_v3/token-classification", "DeepseekV3ForTokenClassification", DEEPSEEK | THREE),
     Case("gemma/base", "GemmaModel", LLAMA),
     Case("gemma/causal-lm", "GemmaForCausalLM", LLAMA | {"hidden_act": "gelu", "attention_bias": True}),
     Case("gemma/sequence-classification", "GemmaForSequenceClassification", LLAMA | THREE),

@@ -53,6 +53,13 @@ PUBLISHED = {
     "stablelm-3b": ("StableLmForCausalLM", 2_795_443_200, {}),
     "gpt-j-6b": ("GPTJForCausalLM", 6_050_882_784, {}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", 20_554_567_680, {}),
+    "Mixtral-8x7B": ("MixtralForCausalLM", 46_702_792_704, {"max_position_embeddings": 32768}),
+    "Qwen1.5-MoE-A2.7B": ("Qwen2MoeForCausalLM", 14_315_784_192, {}),
+    "Qwen3-30B-A3B": ("Qwen3MoeForCausalLM", 30_532_122_624, {
+        "num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "max_position_embeddings": 40960,
+    }),
+    "gpt-oss-20b": ("GptOssForCausalLM", 20_914_757_184, {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", 671_026_419_200, {}),
     "xlm-roberta-large": ("XLMRobertaForMaskedLM", 560_142_482, {
         "vocab_size": 250002, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "max_position_embeddings": 514, "type_vocab_size": 1,

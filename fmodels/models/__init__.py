@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fmodels.models import bert as bert
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
+    from fmodels.models import deepseek_v3 as deepseek_v3
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
     from fmodels.models import gemma as gemma
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
     from fmodels.models import gpt_neox as gpt_neox
+    from fmodels.models import gpt_oss as gpt_oss
     from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
@@ -79,6 +81,7 @@ FILES: dict[str, str] = {
     "bert": "bert",
     "camembert": "camembert",
     "cohere": "cohere",
+    "deepseek_v3": "deepseek_v3",
     "distilbert": "distilbert",
     "electra": "electra",
     "gemma": "gemma",
@@ -86,6 +89,7 @@ FILES: dict[str, str] = {
     "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
     "gptj": "gptj",
     "granite": "granite",
     "llama": "llama",

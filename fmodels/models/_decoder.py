@@ -23,6 +23,7 @@ from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
 from fmodels.nn.experts import Gate, Routing, moe
+from fmodels.nn.latent import latent_attention
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
 from fmodels.nn.positions import Rope, of_call, rope_tables
@@ -405,10 +406,11 @@ def forward(
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
         before = norm(p["attention_norm"], x) if "attention_norm" in p else x
-        y, slot = attention(
-            p["attention"], before, seen, slot=slot, rope=rope, interleaved=config.interleaved, norm=norm_heads,
-            scale=config.attention_scale, cap=config.attention_cap,
-        )  # fmt: skip
+        common: Any = {"slot": slot, "rope": rope, "interleaved": config.interleaved, "scale": config.attention_scale}
+        if "latent" in p["attention"]:
+            y, slot = latent_attention(p["attention"], before, seen, **common)
+        else:
+            y, slot = attention(p["attention"], before, seen, norm=norm_heads, cap=config.attention_cap, **common)
         y = norm(p["attention_after_norm"], y) if "attention_after_norm" in p else y
         if config.parallel:
             fed, slot = feed(p, norm(p["mlp_norm"], x) if "mlp_norm" in p else before, slot)

@@ -94,6 +94,9 @@ class SparseConfig(Config):
 EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """Leaves of an expert, and the names of its tensors in files."""
 
+DENSE = ("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down")
+"""What models lack whose layers all have experts."""
+
 LAYOUTS = {"layers.moe.shared_gate": "() d"}
 """How leaves of the block lie on disk that do not lie as they are."""
 
@@ -101,6 +104,8 @@ LAYOUTS = {"layers.moe.shared_gate": "() d"}
 def weights(
     names: Mapping[str, str],
     block: Mapping[str, str | None],
+    before: tuple[Rule, ...] = (),
+    more: tuple[Rule, ...] = (),
     *,
     at: str = "mlp",
     experts: Mapping[str, str] = EXPERTS,
@@ -111,13 +116,15 @@ def weights(
     Args:
         names: as for `_decoder.weights`.
         block: name in the block, without `.weight` -> leaf, in the order of PyTorch's modules; None for the experts.
+        before: rules of a layer that come before those of the block.
+        more: rules of the block, with names in it.
         at: name of the block in files.
         experts: the leaves of an expert, and the names of its tensors in files.
         options: of `_decoder.weights`.
     """
-    module = build(names, block, "mlp", FUSED, **options)
     apart = tuple(Rule(f"experts.{{x}}.{name}.weight", f"layers.moe.{leaf}.weight") for leaf, name in experts.items())
-    return dataclasses.replace(build(names, block, at, apart, **options), module=module)
+    module = build(names, block, before, (*FUSED, *more), **options)
+    return dataclasses.replace(build(names, block, before, (*apart, *more), at=at, **options), module=module)
 
 
 FUSED = (
@@ -128,13 +135,20 @@ FUSED = (
 
 
 def build(
-    names: Mapping[str, str], block: Mapping[str, str | None], at: str, experts: tuple[Rule, ...], **options: Any
+    names: Mapping[str, str],
+    block: Mapping[str, str | None],
+    before: tuple[Rule, ...],
+    experts: tuple[Rule, ...],
+    *,
+    at: str = "mlp",
+    **options: Any,
 ) -> Weights:
-    """One layout map; `experts` are their rules, with names in the block, the rest as for `weights`."""
+    """One layout map; `experts` are the rules of the experts, with names in the block, the rest as for `weights`."""
     here: list[Rule] = []
     for name, leaf in block.items():
         here += experts if leaf is None else [Rule(f"{name}.weight", f"{leaf}.weight", LAYOUTS.get(leaf))]
     here = [dataclasses.replace(rule, name=f"@layers.{{l}}.{at}.{rule.name}") for rule in here]
     found = _decoder.weights(names, **options)
-    place = next(i for i, rule in enumerate(found.rules) if rule.leaf == "layers.attention_norm.scale")
-    return dataclasses.replace(found, rules=(*found.rules[:place], *here, *found.rules[place:]))
+    place = next(i for i, rule in enumerate(found.rules) if rule.name.startswith("@layers.{l}.mlp.") or
+                 rule.leaf == "layers.attention_norm.scale")
+    return dataclasses.replace(found, rules=(*found.rules[:place], *before, *here, *found.rules[place:]))

@@ -30,7 +30,7 @@ class Config(_mixture.Config):
 
 
 WEIGHTS = _mixture.weights(
-    _decoder.renamed(dict.fromkeys(("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down"))),
+    _decoder.renamed(dict.fromkeys(_mixture.DENSE)),
     {"gate": "layers.moe.router", "experts": None},
     at="block_sparse_moe",
     experts={"gate": "w1", "down": "w2", "up": "w3"},
