@@ -425,7 +425,9 @@ class Loaded:
         """`fm.forward` on the same inputs; positions are left to its default rule."""
         given = {name: a for name, a in self.inputs(padding).items() if name != "positions"}
         params, config = self.params if params is None else params, self.config if config is None else config
-        asked = {"hidden_states": True, "attentions": True} | ({"router_logits": True} if hasattr(config, "num_experts") else {})
+        asked = {"hidden_states": True, "attentions": True} | (
+            {"router_logits": True} if hasattr(config, "num_experts") else {}
+        )
         return fm.forward(params, config, **given, **(asked | options))
 
 
@@ -516,7 +518,9 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
         if out.get(theirs):
             found[ours] = torch.stack(out[theirs])
     if out.get("router_logits"):
-        found["router_logits"] = torch.stack([x.reshape(*out.hidden_states[0].shape[:2], -1) for x in out.router_logits])
+        found["router_logits"] = torch.stack(
+            [x.reshape(*out.hidden_states[0].shape[:2], -1) for x in out.router_logits]
+        )
     if "encoder_last_hidden_state" in out:
         found["encoder_hidden"] = out.encoder_last_hidden_state
     if "last_hidden_state" in out:

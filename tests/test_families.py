@@ -341,7 +341,7 @@ MUTATIONS = {
     "wider clamp": ("gpt_oss/base", {"swiglu_limit": 7.0}, None),
     "other alpha": ("gpt_oss/causal-lm", {"swiglu_alpha": 1.0}, None),
     "windows in other layers": ("gpt_oss/base", {"layer_types": ("full_attention", "sliding_attention")}, None),
-    "no bias of choice": ("deepseek_v3/causal-lm", {}, "layers.moe.router.choice_bias"),
+    "no bias of choice": ("deepseek_v3/base", {}, "layers.moe.router.choice_bias"),
     "experts unscaled": ("deepseek_v3/base", {"routed_scaling_factor": 1.0}, None),
     "one group": ("deepseek_v3/base", {"num_groups": 1, "num_groups_kept": 1}, None),
     "other pairs": ("deepseek_v3/causal-lm", {"interleaved": False}, None),

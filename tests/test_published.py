@@ -8,6 +8,7 @@ import transformers as hf
 import fmodels as fm
 from fmodels.models import family
 from fmodels.weights import rules
+from tests import families
 
 GEMMA = {"vocab_size": 256000, "tie_word_embeddings": True}
 PUBLISHED = {
@@ -80,7 +81,7 @@ def test_names_and_shapes(name):
         model = kind(kind.config_class(**sizes))
     model.tie_weights()
     config = family(model.config.model_type).config.from_hf(model.config.to_dict() | {"architectures": [architecture]})
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in (*model.parameters(), *families.learned_buffers(model))) == count
     params = fm.abstract(config, dtype="bfloat16")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count == fm.num_parameters(params)
     places = family(config).weights.of_module.places(config)

@@ -86,9 +86,10 @@ class SparseConfig(Config):
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        old = {"num_experts", "num_local_experts"} - {cls.HF["num_experts"]}
-        fields.update({"num_experts": data[key] for key in old if key in data})
-        return {*super().read_special(data, fields, problems), *old}
+        other = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}[cls.HF["num_experts"]]
+        if other in data:
+            fields["num_experts"] = data[other]
+        return {*super().read_special(data, fields, problems), other}
 
 
 EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -123,8 +124,8 @@ def weights(
         options: of `_decoder.weights`.
     """
     apart = tuple(Rule(f"experts.{{x}}.{name}.weight", f"layers.moe.{leaf}.weight") for leaf, name in experts.items())
-    module = build(names, block, before, (*FUSED, *more), **options)
-    return dataclasses.replace(build(names, block, before, (*apart, *more), at=at, **options), module=module)
+    module = build(names, block, before, FUSED, more, **options)
+    return dataclasses.replace(build(names, block, before, apart, more, at=at, **options), module=module)
 
 
 FUSED = (
@@ -139,6 +140,7 @@ def build(
     block: Mapping[str, str | None],
     before: tuple[Rule, ...],
     experts: tuple[Rule, ...],
+    more: tuple[Rule, ...] = (),
     *,
     at: str = "mlp",
     **options: Any,
@@ -147,8 +149,11 @@ def build(
     here: list[Rule] = []
     for name, leaf in block.items():
         here += experts if leaf is None else [Rule(f"{name}.weight", f"{leaf}.weight", LAYOUTS.get(leaf))]
-    here = [dataclasses.replace(rule, name=f"@layers.{{l}}.{at}.{rule.name}") for rule in here]
+    here = [dataclasses.replace(rule, name=f"@layers.{{l}}.{at}.{rule.name}") for rule in (*here, *more)]
     found = _decoder.weights(names, **options)
-    place = next(i for i, rule in enumerate(found.rules) if rule.name.startswith("@layers.{l}.mlp.") or
-                 rule.leaf == "layers.attention_norm.scale")
+    place = next(
+        i
+        for i, rule in enumerate(found.rules)
+        if rule.name.startswith("@layers.{l}.mlp.") or rule.leaf == "layers.attention_norm.scale"
+    )
     return dataclasses.replace(found, rules=(*found.rules[:place], *before, *here, *found.rules[place:]))

@@ -40,7 +40,13 @@ class Config(_mixture.Config):
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     rope: Rope = Rope(
-        type="yarn", theta=150000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_positions=4096
+        type="yarn",
+        theta=150000.0,
+        factor=32.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=False,
+        original_max_positions=4096,
     )
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None

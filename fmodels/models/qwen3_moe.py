@@ -50,8 +50,6 @@ class Config(_mixture.SparseConfig):
         return (_decoder.Kind(window, self.rope),) * self.num_layers
 
 
-WEIGHTS = _mixture.weights(
-    _decoder.renamed(_decoder.HEAD_NORMS), {"experts": None, "gate": "layers.moe.router"}
-)
+WEIGHTS = _mixture.weights(_decoder.renamed(_decoder.HEAD_NORMS), {"experts": None, "gate": "layers.moe.router"})
 
 FAMILY = _decoder.family(Config, WEIGHTS)

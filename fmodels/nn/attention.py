@@ -260,4 +260,6 @@ def dot_product(
         jnp.einsum("bgns,bgsk->bgnk", w, part.values.astype(rows.dtype), precision=full)
         for w, part in zip(weights, parts, strict=True)
     )
-    return jnp.asarray(context).reshape(b, h, t, parts[0].values.shape[-1]).swapaxes(1, 2), [w.reshape(b, h, t, -1) for w in weights]
+    return jnp.asarray(context).reshape(b, h, t, parts[0].values.shape[-1]).swapaxes(1, 2), [
+        w.reshape(b, h, t, -1) for w in weights
+    ]

@@ -211,5 +211,7 @@ def load_balancing_loss(router_logits: Array, top: int, mask: Array | None = Non
     chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, top)[1], count, dtype=jnp.float32).sum(2)
     real = jnp.ones(rows.shape[1], jnp.float32) if mask is None else jnp.asarray(mask).reshape(-1).astype(jnp.float32)
     total = real.sum() * depth
-    share, probability = ((x * real[None, :, None]).sum((0, 1)) / total for x in (chosen, probabilities.astype(jnp.float32)))
+    share, probability = (
+        (x * real[None, :, None]).sum((0, 1)) / total for x in (chosen, probabilities.astype(jnp.float32))
+    )
     return (share * probability).sum() * count

@@ -72,8 +72,8 @@ def latent_attention(
         def part(keys: Array, latent: Array, seen: Array) -> Part:
             return Part(jnp.concatenate([latent, keys], axis=-1), latent, seen)
 
-        old = (a.astype(x.dtype) for a in read(slot))
-        parts = [part(*old, seen.old), part(key.swapaxes(1, 2), latent[:, None], seen.new)]
+        turned_keys, latents = (a.astype(x.dtype) for a in read(slot))
+        parts = [part(turned_keys, latents, seen.old), part(key.swapaxes(1, 2), latent[:, None], seen.new)]
         context, weights = dot_product(jnp.concatenate([still, turned], axis=-1), parts, scale)
         context = jnp.einsum("bthz,hkz->bthk", context, down, precision=full)
         kept = by_slot(weights[0], weights[1], slot)
