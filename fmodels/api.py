@@ -93,7 +93,7 @@ def forward(
         attentions: also return the weights of every attention.
         router_logits: also return what the routers of a mixture of experts gave; for `load_balancing_loss`.
         experts: how a mixture runs its experts: `"grouped"`, the tokens sorted by expert; `"dense"`, all experts on all
-            tokens; None for the platform's own, dense on CPU. The numbers are the same.
+            tokens; None for the platform's own, dense on CPU. The numbers are the same. Under `vmap` only dense.
 
     Returns:
         An `Output`; logits are float32.

@@ -114,3 +114,54 @@ def test_experts_have_letters_of_their_own():
         fm.abstract(mixtral),
     )
     assert fm.match_config(fewer, mixtral) == dataclasses.replace(mixtral, intermediate_size=7)
+
+
+HOW = {
+    "greedy": {}, "chunks": {"prefill_chunk_size": 4}, "speculation": {"prompt_lookup_num_tokens": 3}, "beams": {"num_beams": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("qwen3_moe/causal-lm/mixed", "greedy"), *(("deepseek_v3/causal-lm/one-group", how) for how in HOW)],
+)
+def test_tokens_equal_transformers(case, name, how):
+    """Also with a cache of latent vectors; the rows of the table have no end token that comes up."""
+    loaded = case(name)
+    given = loaded.inputs("left")
+    loaded.model.set_experts_implementation("eager")
+    want = loaded.model.generate(
+        torch.tensor(given["tokens"], dtype=torch.long), attention_mask=torch.tensor(given["mask"]), max_new_tokens=9,
+        do_sample=False, pad_token_id=3, eos_token_id=60, num_beams=3 if how == "beams" else 1,
+    )  # fmt: skip
+    options = fm.GenerationConfig(pad_token_id=3, eos_token_id=60, **HOW[how])
+    got = fm.generate(
+        loaded.params, loaded.config, given["tokens"], mask=given["mask"], max_new_tokens=9, options=options
+    )
+    np.testing.assert_array_equal(np.asarray(got.tokens)[:, : want.shape[1]], want.numpy())
+
+
+def test_latent_cache(case):
+    """One vector and one rotated key for each token, of whatever precision."""
+    loaded = case("deepseek_v3/base")
+    cache = fm.init_cache(loaded.params, 2, 9)
+    assert cache.keys.shape == (2, 2, 1, 9, 6)
+    assert cache.values.shape == (2, 2, 1, 9, 5)
+    tokens = jnp.asarray(loaded.inputs()["tokens"])
+    for quantized, bound in ((False, 1e-5), (True, 0.3)):
+        cache = fm.init_cache(loaded.params, 2, 9, quantized=quantized)
+        cache = fm.forward(loaded.params, loaded.config, tokens[:, :4], cache=cache).cache
+        got = fm.forward(loaded.params, loaded.config, tokens[:, 4:], cache=cache).hidden
+        want = loaded.reference()["hidden"][:, 4:]
+        assert np.median(np.abs(np.asarray(got) - want)) < bound
+
+
+@pytest.mark.parametrize(("name", "gone"), [("gpt_oss/causal-lm", [3, 4, 5]), ("deepseek_v3/causal-lm", [1])])
+def test_pruned_heads_are_silent_ones(case, name, gone):
+    loaded = case(name)
+    tokens = jnp.asarray(loaded.inputs()["tokens"])
+    pruned, smaller = fm.prune_heads(loaded.params, loaded.config, {1: gone})
+    fm.check(pruned, smaller)
+    masked = fm.mask_heads(loaded.params, loaded.config, {1: gone})
+    one, two = (fm.forward(p, c, tokens).logits for p, c in ((pruned, smaller), (masked, loaded.config)))
+    assert np.abs(one - two).max() < 1e-5

@@ -51,15 +51,23 @@ class Config(_decoder.Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseConfig(Config):
-    """The config of a decoder of which some layers may have a feed-forward block in place of experts.
+    """The config of a decoder of which some layers may have a feed-forward block in place of experts; defaults are Qwen's.
 
     Attributes:
+        use_sliding_window: whether layers may have a window.
         expert_size: the experts' intermediate size; `intermediate_size` is that of the feed-forward blocks.
         renormalise: whether the weights of a token's experts are made to sum up to 1.
         decoder_sparse_step: every so many layers have experts.
         mlp_only_layers: numbers of layers that have none.
     """
 
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    num_layers: int = 24
+    max_positions: int = 32768
+    use_sliding_window: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     expert_size: int = 768
     renormalise: bool = False
     decoder_sparse_step: int = 1
@@ -67,6 +75,8 @@ class SparseConfig(Config):
 
     HF: ClassVar[Mapping[str, str]] = {
         **Config.HF,
+        "sliding_window": "sliding_window",
+        "use_sliding_window": "use_sliding_window",
         "expert_size": "moe_intermediate_size",
         "renormalise": "norm_topk_prob",
         "decoder_sparse_step": "decoder_sparse_step",

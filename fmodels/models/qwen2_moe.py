@@ -18,36 +18,27 @@ class Config(_mixture.SparseConfig):
 
     Attributes:
         shared_size: the shared expert's intermediate size.
-        use_sliding_window: whether any layer has a window.
         max_window_layers: of so many of the first layers, every other has one.
     """
 
-    vocab_size: int = 151936
-    hidden_size: int = 2048
     intermediate_size: int = 5632
-    num_layers: int = 24
     num_heads: int = 16
     num_kv_heads: int = 16
-    max_positions: int = 32768
     attention_bias: bool = True
     sliding_window: int | None = 4096
-    use_sliding_window: bool = False
     max_window_layers: int = 28
     num_experts: int = 60
     num_experts_per_token: int = 4
     expert_size: int = 1408
     shared_size: int = 5632
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
 
     model_type: ClassVar[str] = "qwen2_moe"
     HF: ClassVar[Mapping[str, str]] = {
         **_mixture.SparseConfig.HF,
-        **_decoder.WINDOWS,
+        "layer_types": "layer_types",
         "num_experts": "num_experts",
         "shared_size": "shared_expert_intermediate_size",
         "attention_bias": "qkv_bias",
-        "use_sliding_window": "use_sliding_window",
         "max_window_layers": "max_window_layers",
     }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen2Moe", *_decoder.ALL)

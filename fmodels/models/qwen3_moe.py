@@ -14,33 +14,16 @@ from fmodels.models import _decoder, _mixture
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_mixture.SparseConfig):
-    """Qwen3-MoE's config; the defaults are transformers'.
+    """Qwen3-MoE's config; the defaults are transformers'."""
 
-    Attributes:
-        use_sliding_window: whether the layers have a window.
-    """
-
-    vocab_size: int = 151936
-    hidden_size: int = 2048
     intermediate_size: int = 6144
-    num_layers: int = 24
     num_kv_heads: int = 4
     head_dim: int = 64
-    max_positions: int = 32768
-    sliding_window: int | None = None
-    use_sliding_window: bool = False
     num_experts: int = 128
     num_experts_per_token: int = 8
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
 
     model_type: ClassVar[str] = "qwen3_moe"
-    HF: ClassVar[Mapping[str, str]] = {
-        **_mixture.SparseConfig.HF,
-        "attention_bias": "attention_bias",
-        "sliding_window": "sliding_window",
-        "use_sliding_window": "use_sliding_window",
-    }
+    HF: ClassVar[Mapping[str, str]] = {**_mixture.SparseConfig.HF, "attention_bias": "attention_bias"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.SparseConfig.IRRELEVANT | {"max_window_layers"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen3Moe", *_decoder.ALL)
 

@@ -109,7 +109,7 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
         how: one of `HOW`. `"grouped"` sorts the pairs of tokens and experts by expert and multiplies group by group, so
             that each token costs what its own experts cost where the platform has such a product (`jax.lax.ragged_dot`).
             `"dense"` runs all experts on all tokens. The sums are the same. None: dense on CPU, which has no product by
-            groups, grouped elsewhere.
+            groups, grouped elsewhere. jax has no rule for `vmap` of products by groups.
 
     Returns:
         `(b t d)`, and the router's logits `(b t x)`.
