@@ -24,6 +24,7 @@ LETTERS = {
     "m": "distance buckets",
     "d": "hidden",
     "e": "embedding",
+    "o": "position embedding",
     "h": "query heads",
     "g": "key-value heads",
     "k": "head size",
@@ -47,6 +48,7 @@ SIZES = {
     "m": "num_buckets",
     "d": "hidden_size",
     "e": "embedding_size",
+    "o": "position_size",
     "h": "num_heads",
     "g": "num_kv_heads",
     "k": "head_dim",
@@ -64,7 +66,7 @@ SIZES = {
 }
 """Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
 
-LIKE = {"e": "d", "i": "f", "j": "f"}
+LIKE = {"e": "d", "o": "d", "i": "f", "j": "f"}
 """Letter -> the letter whose rule of sharding, and whose size, is also its own where it has none."""
 
 CLASSES = {
@@ -78,7 +80,7 @@ LM_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "pretraining", "double-heads
 
 AXES = {
     "embed.tokens": "v e",
-    "embed.positions": "p e",
+    "embed.positions": "p o",
     "embed.types": "n e",
     "embed.distances": "m h",
     "embed.sinusoids": "p k",
@@ -142,6 +144,7 @@ AXES = {
     "layers.moe.shared_gate.weight": "l d",
     "final_norm.scale": "d",
     "final_norm.bias": "d",
+    "projection.weight": "e d",
     "pooler.weight": "d d",
     "pooler.bias": "d",
     "lm_transform.dense.weight": "e d",
@@ -387,7 +390,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
         mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
-            also that of `e`, and that of `f` that of experts' and shared ones, unless they have their own.
+            also that of `e` and `o`, and that of `f` that of experts' and shared ones, unless they have their own.
 
     Example:
         >>> import jax

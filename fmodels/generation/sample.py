@@ -179,12 +179,15 @@ def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[
         return token[:, 0], top - jax.nn.logsumexp(final, axis=-1)
 
     def drawn() -> tuple[Array, Array]:
-        now = jax.vmap(jax.random.fold_in)(keys, history.new)
-        greedy, random = likeliest(), draw(logits, options.rows.warp, now, bias)
-        token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
-        return token, logprob
+        return draw(logits, options.rows.warp, jax.vmap(jax.random.fold_in)(keys, history.new), bias)
 
-    return jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
+    def both() -> tuple[Array, Array]:
+        return jax.tree.map(lambda r, g: jnp.where(options.rows.sample, r, g), drawn(), likeliest())
+
+    def some() -> tuple[Array, Array]:
+        return jax.lax.cond(options.rows.sample.all(), drawn, both)
+
+    return jax.lax.cond(options.rows.sample.any(), some, likeliest)
 
 
 def wanted(ask: Ask, options: Options, says: Next, logits: Array) -> dict[str, Array]:

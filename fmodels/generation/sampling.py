@@ -219,28 +219,29 @@ def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tupl
     keys = key if key.ndim else row_keys(key, batch)
     unheated = warp._replace(temperature=jnp.ones(batch))
 
-    # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
-    values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
-    last = values[:, -1:]
-    ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them
-    tail = jnp.logaddexp(
-        jax.nn.logsumexp(jnp.where(logits < last, logits, -jnp.inf), axis=-1),
-        last[:, 0] + jnp.log(ties.astype(jnp.float32)),
-    )
-    few, complete = _cut(_Ordered(values, tail), unheated, 1)
-    complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
-
-    def of_candidates() -> tuple[Array, Array]:
-        more = 0.0 if bias is None else jnp.take_along_axis(bias, tokens, axis=-1)
-        return _likeliest(few.values + more, tokens, keys)
-
     def of_all() -> tuple[Array, Array]:
         everyone = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32)[None], logits.shape)
         return _likeliest(warp_logits(logits, unheated) + (0.0 if bias is None else bias), everyone, keys)
 
-    if size == vocabulary:
-        return of_candidates()
-    return jax.lax.cond(complete.all(), of_candidates, of_all)
+    def of_few() -> tuple[Array, Array]:
+        # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
+        values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
+        last = values[:, -1:]
+        ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them
+        tail = jnp.logaddexp(
+            jax.nn.logsumexp(jnp.where(logits < last, logits, -jnp.inf), axis=-1),
+            last[:, 0] + jnp.log(ties.astype(jnp.float32)),
+        )
+        few, complete = _cut(_Ordered(values, tail), unheated, 1)
+        complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
+
+        def of_candidates() -> tuple[Array, Array]:
+            more = 0.0 if bias is None else jnp.take_along_axis(bias, tokens, axis=-1)
+            return _likeliest(few.values + more, tokens, keys)
+
+        return of_candidates() if size == vocabulary else jax.lax.cond(complete.all(), of_candidates, of_all)
+
+    return jax.lax.cond(_cuts(warp).all(), of_few, of_all)
 
 
 def row_keys(key: Key, count: int) -> Key:
@@ -269,6 +270,7 @@ def gumbel(keys: Key, tokens: Array) -> Array:
 
 
 def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
-    place = jnp.argmax(values + gumbel(keys, tokens), axis=-1)[:, None]
-    logs = jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), place, axis=-1)
-    return jnp.take_along_axis(tokens, place, axis=-1)[:, 0].astype(jnp.int32), logs[:, 0]
+    # Not argmax: XLA's CPU backend would make the noise within the loop that looks for the largest, number by number.
+    place = jax.lax.top_k(values + gumbel(keys, tokens), 1)[1]
+    token, value = (jnp.take_along_axis(x, place, axis=-1)[:, 0] for x in (tokens, values))
+    return token.astype(jnp.int32), value - jax.nn.logsumexp(values, axis=-1)

@@ -94,16 +94,6 @@ class SparseConfig(Config):
         sparse = tuple((i + 1) % step == 0 and i not in without for i in range(self.num_layers))
         return {"moe": sparse, "mlp": tuple(not one for one in sparse)}
 
-    @classmethod
-    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        other = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}[cls.HF["num_experts"]]
-        if other in data:
-            fields["num_experts"] = data[other]
-        return {*super().read_special(data, fields, problems), other}
-
-
-EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-"""Leaves of an expert, and the names of its tensors in files."""
 
 DENSE = ("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down")
 """What models lack whose layers all have experts."""

@@ -41,6 +41,7 @@ class Config(_mixture.SparseConfig):
         "attention_bias": "qkv_bias",
         "max_window_layers": "max_window_layers",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_local_experts": "num_experts"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen2Moe", *_decoder.ALL)
 
     @property

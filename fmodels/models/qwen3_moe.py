@@ -24,6 +24,7 @@ class Config(_mixture.SparseConfig):
 
     model_type: ClassVar[str] = "qwen3_moe"
     HF: ClassVar[Mapping[str, str]] = {**_mixture.SparseConfig.HF, "attention_bias": "attention_bias"}
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.SparseConfig.IRRELEVANT | {"max_window_layers"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen3Moe", *_decoder.ALL)
 

@@ -13,7 +13,7 @@ import numpy as np
 from fmodels.arrays import precision, take
 from fmodels.nn.cache import NO_SLOT, Slot, columns_of, read, write
 from fmodels.nn.linear import linear
-from fmodels.nn.positions import distance_buckets, rotate
+from fmodels.nn.positions import distance_buckets, from_mask, rotate
 from fmodels.types import Array, Cache, Params
 
 
@@ -23,8 +23,8 @@ class Attend(NamedTuple):
     Attributes:
         new: `(b t t)` bool, of the tokens of this call.
         old: `(b 1 s)` or `(b t s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
-        new_bias: `(1 h t t)` float32, added to the scores; None for nothing.
-        old_bias: `(b h t s)`, or `(1 h t s)` for all rows, as `new_bias`.
+        new_bias: `(1 h t t)`, or `(b h 1 t)`, float32, added to the scores; None for nothing.
+        old_bias: `(b h t s)`, or with 1 in the place of `b` or `t`, as `new_bias`.
     """
 
     new: Array
@@ -40,7 +40,7 @@ class Part(NamedTuple):
         keys: `(b g s k)`.
         values: `(b g s k)`.
         seen: `(b t s)` or `(b 1 s)` bool, which of them each query sees.
-        bias: `(b h t s)` or `(1 h t s)` float32, added to the scores; None for nothing.
+        bias: `(b h t s)` float32, or with 1 in the place of `b` or `t`, added to the scores; None for nothing.
     """
 
     keys: Array
@@ -119,6 +119,39 @@ def with_distances(
         places = jnp.atleast_1d(cache.length)[:, None] + columns[None]
         old = bias(places, jnp.arange(seen.old.shape[-1], dtype=jnp.int32))
     return seen._replace(new_bias=bias(columns[None], columns), old_bias=old)
+
+
+def with_slopes(
+    seen: Attend,
+    slopes: Array,
+    positions: Array,
+    cache: Cache | None = None,
+    *,
+    scale: float = 1.0,
+    rounded: bool = False,
+) -> Attend:
+    """Adds ALiBi: `slope · position` of each key, which differs from `-slope · distance` by a number of each query.
+
+    Args:
+        seen: from `attend`.
+        slopes: `(h)` float32.
+        positions: `(b t)`, of the tokens of this call.
+        cache: as in `attend`; its keys are at the numbers of real tokens before them.
+        scale: of what is added.
+        rounded: whether slopes, positions and their products have the precision of bfloat16, as Falcon's.
+
+    Source: Press et al. 2021; matches transformers' `build_alibi_tensor`.
+    """
+
+    def narrow(x: Array) -> Array:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
+
+    def bias(places: Array) -> Array:
+        products = narrow(slopes)[None, :, None, None] * narrow(places.astype(jnp.float32))[:, None, None, :]
+        return narrow(products) * scale
+
+    old = None if cache is None or seen.old is None else bias(from_mask(cache.mask))
+    return seen._replace(new_bias=bias(positions), old_bias=old)
 
 
 def attention(
@@ -245,6 +278,7 @@ def dot_product(
         if cap is not None:
             x = jnp.tanh(x / cap) * cap
         if bias is not None:
+            bias = jnp.broadcast_to(bias, (bias.shape[0], h, t, bias.shape[-1]))
             x = x + jnp.broadcast_to(bias.reshape(bias.shape[0], groups, each * t, bias.shape[-1]), x.shape)
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
         return jnp.where(seen[:, None], x, lowest)

@@ -88,6 +88,31 @@ def test_pruned_computes_what_masked_computes(family, layers, heads):
     assert np.abs(want - tiny.logits(params, config)).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("bloom/causal-lm", {0: [1, 3], 2: [0]}),
+        ("bloom/causal-lm", {0: [1], 1: [0], 2: [5]}),  # stacked, with other slopes in each layer
+        ("falcon/base/alibi", {0: [0, 1, 2], 1: [2, 5]}),
+        ("gpt_neox/causal-lm", {1: [0, 2]}),
+    ],
+)
+def test_pruned_heads_keep_their_slopes(case, name, heads, tmp_path):
+    """ALiBi's belong to the original heads; queries, keys and values of a head lie side by side on disk."""
+    loaded = case(name)
+    pruned, config = fm.prune_heads(loaded.params, loaded.config, heads)
+    assert fm.tree.is_stacked(pruned) == (len(heads) == 3)
+    masked = fm.mask_heads(loaded.params, loaded.config, heads)
+    given = {name: a for name, a in loaded.inputs("left").items() if name != "positions"}
+    want = np.asarray(fm.forward(masked, loaded.config, **given).hidden)
+    got = np.asarray(fm.forward(pruned, config, **given).hidden)
+    np.testing.assert_allclose(got[given["mask"] == 1], want[given["mask"] == 1], rtol=1e-5, atol=1e-5)
+    fm.save(pruned, config, tmp_path)
+    again, read = fm.load(tmp_path)
+    assert read.pruned_heads == config.pruned_heads
+    assert_same(to_numpy(again), to_numpy(pruned))
+
+
 def test_mask_after_pruning_counts_original_heads():
     params, config = make("gpt2")
     first, second = {0: [1], 2: [0]}, {0: [0, 3, 1], 1: [2]}
