@@ -21,7 +21,6 @@ from fmodels.prepare import Call, bucket, prepare
 from fmodels.programs import Inputs
 from fmodels.types import Key, Params
 
-
 REFILL = 4
 """As soon as one in so many rows has ended, these are refilled: prompts are read together, and few rows wait for it."""
 
