@@ -95,6 +95,9 @@ class SparseConfig(Config):
         return {"moe": sparse, "mlp": tuple(not one for one in sparse)}
 
 
+EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+"""Leaves of an expert, and the names of its tensors in files."""
+
 DENSE = ("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down")
 """What models lack whose layers all have experts."""
 
