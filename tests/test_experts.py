@@ -165,3 +165,69 @@ def test_pruned_heads_are_silent_ones(case, name, gone):
     masked = fm.mask_heads(loaded.params, loaded.config, {1: gone})
     one, two = (fm.forward(p, c, tokens).logits for p, c in ((pruned, smaller), (masked, loaded.config)))
     assert np.abs(one - two).max() < 1e-5
+
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002,
+    "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+    "initializer_range": 0.02, "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+    "pad_token_id": 199999, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+        "truncate": False,
+    },
+    "swiglu_limit": 7.0, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
+    "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "seq_aux": True, "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128,
+    "vocab_size": 129280, "use_cache": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [(QWEN3_30B, 30_532_122_624), (GPT_OSS_20B, 20_914_757_184), (DEEPSEEK_V3, 671_026_419_200)],
+    ids=["Qwen3-30B-A3B", "gpt-oss-20b", "DeepSeek-V3"],
+)
+def test_config_json_of_published_models(data, count):
+    """As they lie on the Hub, of transformers 4 and of authors, but for the quantisation of the last two."""
+    config = FAMILIES[data["model_type"]].config.from_hf(data)
+    assert fm.num_parameters(fm.abstract(config)) == count
+    assert type(config).from_hf(config.to_hf()) == config
+    with pytest.raises(ValueError, match=r"quantization_config=.* is not supported"):
+        type(config).from_hf(data | {"quantization_config": {"quant_method": "mxfp4"}})
+
+
+def test_refused_configs():
+    deepseek = FAMILIES["deepseek_v3"].config
+    for changes, words in (
+        ({"topk_method": "greedy"}, "topk_method='greedy' is not supported"),
+        ({"n_group": 7}, "num_experts=256 in num_groups=7"),
+        ({"topk_group": 9}, "num_groups_kept=9"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_token=129 are more than the 128 experts"),
+        ({"num_key_value_heads": 64}, "each head has its own key"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            deepseek.from_hf(DEEPSEEK_V3 | changes)
