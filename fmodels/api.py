@@ -28,7 +28,7 @@ def init(config: Config, key: Key, *, dtype: Any = "float32") -> Params:
         dtype: of all leaves.
 
     Returns:
-        A stacked tree; a tuple of layers where `config.pruned_heads` makes layers differ.
+        A stacked tree; a tuple of layers where the config makes layers differ: pruned heads, layers without experts.
 
     Example:
         >>> import jax, fmodels as fm

@@ -123,7 +123,11 @@ HOW = {
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("qwen3_moe/causal-lm/mixed", "greedy"), *(("deepseek_v3/causal-lm/one-group", how) for how in HOW)],
+    [
+        ("qwen3_moe/causal-lm/mixed", "greedy"),
+        ("gpt_oss/causal-lm", "greedy"),
+        *(("deepseek_v3/causal-lm/one-group", how) for how in HOW),
+    ],
 )
 def test_tokens_equal_transformers(case, name, how):
     """Also with a cache of latent vectors; the rows of the table have no end token that comes up."""
@@ -154,6 +158,21 @@ def test_latent_cache(case):
         got = fm.forward(loaded.params, loaded.config, tokens[:, 4:], cache=cache).hidden
         want = loaded.reference()["hidden"][:, 4:]
         assert np.median(np.abs(np.asarray(got) - want)) < bound
+
+
+def test_sinks_with_rings(case):
+    """Caches of layers with a window that are no longer than it; texts of more than twice the window."""
+    loaded = case("gpt_oss/causal-lm")
+    given, parts = loaded.inputs("left"), []
+    cache = fm.init_cache(loaded.unstacked, 2, 7, config=loaded.config)
+    assert [keys.shape[-2] for keys in cache.keys] == [2, 7, 2]
+    for start, end in ((0, 3), (3, 4), (4, 7)):
+        part = {name: given[name][:, start:end] for name in ("tokens", "mask")}
+        out = fm.forward(loaded.unstacked, loaded.config, **part, cache=cache)
+        cache = out.cache
+        parts.append(out.logits)
+    error = np.abs(np.concatenate(parts, 1) - loaded.reference("left")["logits"])
+    assert error[given["mask"].astype(bool)].max() < 1e-5
 
 
 @pytest.mark.parametrize(("name", "gone"), [("gpt_oss/causal-lm", [3, 4, 5]), ("deepseek_v3/causal-lm", [1])])

@@ -24,11 +24,6 @@ MODELS = {
     "gemma3_text": lambda: hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(sliding_window=5, sliding_window_pattern=2, query_pre_attn_scalar=10, **SIZES)
     ),
-    "gpt_oss": lambda: hf.GptOssForCausalLM(
-        hf.GptOssConfig(
-            sliding_window=4, num_local_experts=5, num_experts_per_tok=2, experts_implementation="eager", **SIZES
-        )
-    ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(
         hf.Qwen2Config(use_sliding_window=True, sliding_window=3, max_window_layers=1, **SHARES)
     ),
