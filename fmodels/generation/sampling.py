@@ -219,7 +219,7 @@ def draw(logits: Array, warp: Warp, key: Key, mark: Mark | None = None) -> tuple
     size = min(CANDIDATES, vocabulary)
     logits = logits / warp.temperature[:, None]
     keys = key if key.ndim else row_keys(key, batch)
-    unheated = warp._replace(temperature=jnp.ones(batch))
+    unheated = warp._replace(temperature=jnp.ones_like(warp.temperature))
 
     def likeliest(values: Array, tokens: Array) -> tuple[Array, Array]:
         values = values if mark is None else mark(values, tokens)
