@@ -87,14 +87,20 @@ def route(params: Params, rows: Array, routing: Routing) -> Routed:
     choice = scores + params["choice_bias"].astype(jnp.float32)[None] if "choice_bias" in params else scores
     if routing.groups > 1:
         grouped = choice.reshape(choice.shape[0], routing.groups, -1)
-        best = jax.lax.top_k(grouped, 2)[0].sum(-1)
-        kept = jax.nn.one_hot(jax.lax.top_k(best, routing.groups_kept)[1], routing.groups, dtype=bool).any(1)
+        best = jnp.sort(grouped, axis=-1)[..., -2:].sum(-1)
+        kept = jax.nn.one_hot(_largest(best, routing.groups_kept), routing.groups, dtype=bool).any(1)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    chosen = jax.lax.top_k(choice, routing.top)[1]
+    chosen = _largest(choice, routing.top)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if routing.renormalise:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return Routed(logits, chosen, weights * routing.scale)
+
+
+def _largest(x: Array, count: int) -> Array:
+    """The places of the largest numbers of the last axis, int32; of equal ones the first."""
+    # By a sort: jax exports top_k as an operation that TensorFlow 2.21 cannot read.
+    return jnp.argsort(x, axis=-1, descending=True, stable=True)[..., :count].astype(jnp.int32)
 
 
 def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | None = None) -> tuple[Array, Array]:
@@ -208,7 +214,7 @@ def load_balancing_loss(router_logits: Array, top: int, mask: Array | None = Non
     depth, count = router_logits.shape[0], router_logits.shape[-1]
     rows = router_logits.reshape(depth, -1, count)
     probabilities = jax.nn.softmax(rows, axis=-1)
-    chosen = jax.nn.one_hot(jax.lax.top_k(probabilities, top)[1], count, dtype=jnp.float32).sum(2)
+    chosen = jax.nn.one_hot(_largest(probabilities, top), count, dtype=jnp.float32).sum(2)
     real = jnp.ones(rows.shape[1], jnp.float32) if mask is None else jnp.asarray(mask).reshape(-1).astype(jnp.float32)
     total = real.sum() * depth
     share, probability = (
