@@ -31,6 +31,7 @@ from fmodels.layout import to_disk as to_disk
 from fmodels.many import Continuation as Continuation
 from fmodels.many import generate_many as generate_many
 from fmodels.nn.cache import init_cache as init_cache
+from fmodels.nn.experts import load_balancing_loss as load_balancing_loss
 from fmodels.programs import compile_count as compile_count
 from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops

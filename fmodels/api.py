@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
+from fmodels.nn.experts import check_how
 from fmodels.types import Array, Cache, Keep, Key, Output, Params
 
 CHOICE_TASKS = ("multiple-choice", "double-heads")
@@ -27,7 +28,7 @@ def init(config: Config, key: Key, *, dtype: Any = "float32") -> Params:
         dtype: of all leaves.
 
     Returns:
-        A stacked tree; a tuple of layers where `config.pruned_heads` makes layers differ.
+        A stacked tree; a tuple of layers where the config makes layers differ: pruned heads, layers without experts.
 
     Example:
         >>> import jax, fmodels as fm
@@ -65,6 +66,8 @@ def forward(
     select: Array | None = None,
     hidden_states: bool = False,
     attentions: bool = False,
+    router_logits: bool = False,
+    experts: str | None = None,
 ) -> Output:
     """Runs the model; what comes out depends on `config.task`.
 
@@ -88,6 +91,9 @@ def forward(
         select: `(b)` int, compute a language model's logits only at this place of each row; then they are `(b 1 v)`.
         hidden_states: also return the input of every layer.
         attentions: also return the weights of every attention.
+        router_logits: also return what the routers of a mixture of experts gave; for `load_balancing_loss`.
+        experts: how a mixture runs its experts: `"grouped"`, the tokens sorted by expert; `"dense"`, all experts on all
+            tokens; None for the platform's own, dense on CPU. The numbers are the same. Under `vmap` only dense.
 
     Returns:
         An `Output`; logits are float32.
@@ -102,7 +108,10 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
-    keep = Keep(hidden_states, attentions)
+    keep = Keep(hidden_states, attentions, router_logits)
+    asked = {} if experts is None else {"experts": check_how(experts)}
+    if (asked or router_logits) and not hasattr(config, "num_experts"):
+        raise ValueError(f"forward: {config.model_type} has no experts; leave experts and router_logits out")
     if config.is_encoder_decoder:
         if token_types is not None:
             raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
@@ -122,7 +131,7 @@ def forward(
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    out = _forward(params, config, tokens, **arrays, cache=cache, select=select, keep=keep)
+    out = _forward(params, config, tokens, **arrays, cache=cache, select=select, keep=keep, **asked)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
 
 
@@ -191,7 +200,7 @@ def _check_ends(config: Config, tokens: Array, decoder_tokens: Array) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep"))
+@functools.partial(jax.jit, static_argnames=("config", "keep", "experts"))
 def _forward(params: Params, config: Config, tokens: Array | None, **inputs: Any) -> Output:
     return family(config).forward(params, config, tokens, **inputs)
 
@@ -341,9 +350,10 @@ def match_config(params: Params, config: Config) -> Config:
     leaves = {schema.stacked_path(path) for path in tree.flatten(params)}
     if "lm_head.weight" in leaves:
         changes["tie_word_embeddings"] = False
-    for field, path in (("attention_bias", "layers.attention.query.bias"), ("mlp_bias", "layers.mlp.up.bias")):
+    biases = {"attention_bias": ("query", "latent"), "mlp_bias": ("up",)}
+    for field, names in biases.items():
         if hasattr(config, field):
-            changes[field] = path in leaves
+            changes[field] = any(f"layers.{field.removesuffix('_bias')}.{name}.bias" in leaves for name in names)
     changes = {field: value for field, value in changes.items() if getattr(config, field) != value}
     return dataclasses.replace(config, **changes) if changes else config
 

@@ -1,7 +1,7 @@
 """Array-like leaves, and the two operations that understand them: `einsum` with a weight and `take` of rows.
 
-A leaf is a `jax.Array` or any registered pytree node with `shape`, `dtype`, `einsum(equation, x)` and `take(index)`;
-the mathematics of `nn` goes through the two functions below and never asks which.
+A leaf is a `jax.Array` or any registered pytree node with `shape`, `dtype`, `einsum(equation, x)`, `take(index)` and
+`dequantize()`; the mathematics of `nn` goes through the functions below and never asks which.
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ def precision(dtype: Any) -> str | None:
 def take(table: Any, index: Array) -> Array:
     """Rows of a table: `table[index]`, for an array or an array-like leaf."""
     return table.take(index) if hasattr(table, "einsum") else table[index]
+
+
+def plain(leaf: Any) -> Array:
+    """The array that a leaf stands for, for products of other forms."""
+    return leaf.dequantize() if hasattr(leaf, "einsum") else leaf
 
 
 @jax.tree_util.register_dataclass

@@ -149,7 +149,7 @@ def load(
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The first tensor that should repeat another and does not, with that other."""
-    where = {path: name for name, (rule, layer) in planned.tensors.items() if layer is None for path in rule.leaves}
+    where = {path: name for name, place in planned.tensors.items() if place.layer is None for path in place.rule.leaves}
     for name, leaf in planned.tied:
         if leaf in where and not _same(tensors[name], tensors[where[leaf]]):
             return name, where[leaf]
@@ -183,15 +183,15 @@ def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: An
 def _read(
     planned: layout.Plan, tensors: Mapping[str, Tensor], config: Config, dtype: Any, stacked: bool, sharding: Any
 ) -> Params:
-    """Reads each tensor once, straight to where it stays: into its layer of the stacked leaf, or mapped as it lies.
+    """Reads each tensor once, straight to where it stays: into its part of the stacked leaf, or mapped as it lies.
 
     One kind of tensor after the other, its layers in parallel, so that the host never holds more than one stacked leaf
     beside what is on its device already.
     """
     shardings = tree.flatten(sharding) if isinstance(sharding, dict) else None
-    kinds: dict[rules.Rule, list[tuple[Tensor, int | None]]] = {}
-    for name, (rule, layer) in planned.tensors.items():
-        kinds.setdefault(rule, []).append((tensors[name], layer))
+    kinds: dict[rules.Rule, list[tuple[Tensor, Place]]] = {}
+    for name, place in planned.tensors.items():
+        kinds.setdefault(place.rule, []).append((tensors[name], place))
     leaves: dict[str, Any] = {}
     total = sum(tensors[name].nbytes for name in planned.tensors)
     with (
@@ -201,17 +201,19 @@ def _read(
         for rule, members in kinds.items():
             target = _target_dtype(members[0][0].dtype, dtype)
             done: dict[str, np.ndarray] = {}
-            if stacked and members[0][1] is not None:
-                members.sort(key=lambda member: member[1] or 0)
-                if (whole := _as_one(rule, config, target, [tensor for tensor, _ in members])) is not None:
+            first = members[0][1]
+            if (stacked and first.layer is not None) or first.expert is not None:
+                members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
+                whole = _as_one(rule, config, target, [tensor for tensor, _ in members]) if stacked else None
+                if whole is not None:
                     leaves.update(_to_device(whole, sharding if shardings is None else shardings))
                     bar.update(sum(tensor.nbytes for tensor, _ in members))
                     continue
-                shapes = {path: schema.shape(path, config) for path in rule.leaves}
-                done = {path: aligned_empty(shape, target) for path, shape in shapes.items()}
-                read = functools.partial(_read_layer, rule, config, done)
+                paths = {path for _, place in members for path in place.leaves(stacked=stacked).values()}
+                done = {path: aligned_empty(schema.shape(path, config), target) for path in paths}
+                read = functools.partial(_read_part, config, done, stacked)
             else:
-                read = functools.partial(_read_alone, rule, config, target)
+                read = functools.partial(_read_alone, config, target)
             mapped = not done and all(_is_mapped(rule, target, tensor) for tensor, _ in members)
             parts = (map if mapped else pool.map)(read, *zip(*members, strict=True))
             for (tensor, _), part in zip(members, parts, strict=True):
@@ -245,30 +247,28 @@ def _as_one(
     return {rule.leaves[0]: Tensor.in_file(first.name, target, shape, first.file, first.offset).array()}
 
 
-def _read_layer(
-    rule: rules.Rule, config: Config, stacked: dict[str, np.ndarray], tensor: Tensor, layer: int
+def _read_part(
+    config: Config, wholes: dict[str, np.ndarray], stacked: bool, tensor: Tensor, place: Place
 ) -> dict[str, np.ndarray]:
-    """Reads a tensor into its layer of the stacked leaves, without an intermediate copy where the layouts agree."""
-    out = {path: leaf[layer] for path, leaf in stacked.items()}
-    first = out[rule.leaves[0]]
-    if rules.is_same_order(rule) and first.dtype == tensor.dtype:
+    """Reads a tensor into its part of the leaves, without an intermediate copy where the layouts agree."""
+    out = {path: place.part(wholes[where], stacked=stacked) for path, where in place.leaves(stacked=stacked).items()}
+    first = out[place.rule.leaves[0]]
+    if rules.is_same_order(place.rule) and first.dtype == tensor.dtype:
         tensor.read_into(first.reshape(tensor.shape))
     else:
-        for path, part in rules.from_disk(rule, _read_whole(tensor), Place(rule, layer).sizes(config)).items():
+        for path, part in rules.from_disk(place.rule, _read_whole(tensor), place.sizes(config)).items():
             out[path][...] = _cast(tensor.name, part, out[path].dtype)
     return {}
 
 
-def _read_alone(
-    rule: rules.Rule, config: Config, target: np.dtype, tensor: Tensor, layer: int | None
-) -> dict[str, np.ndarray]:
+def _read_alone(config: Config, target: np.dtype, tensor: Tensor, place: Place) -> dict[str, np.ndarray]:
     """The leaves of a tensor, mapped if XLA can take them over as they lie.
 
     Mapped pages count as memory of the process, so a tensor that will be copied anyway is read and not mapped.
     """
-    whole = tensor.array() if _is_mapped(rule, target, tensor) else _read_whole(tensor)
-    parts = rules.from_disk(rule, whole, Place(rule, layer).sizes(config))
-    where = rules.layer_leaves(rule, layer)
+    whole = tensor.array() if _is_mapped(place.rule, target, tensor) else _read_whole(tensor)
+    parts = rules.from_disk(place.rule, whole, place.sizes(config))
+    where = place.leaves(stacked=False)
     return {where[path]: _cast(tensor.name, part, target) for path, part in parts.items()}
 
 
@@ -378,17 +378,15 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     weights = family(config).weights
     weights = weights.of_module if config.module_names else weights
     tensors: dict[str, Tensor] = {}
-    for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
-        where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
-        index = layer if stacked else None
+    for name, (place, source) in weights.sources(config, flat.__contains__).items():
+        where = source if stacked or place.layer is None else place.leaves(stacked=False)
 
-        def get(rule: rules.Rule = rule, where: dict[str, str] = where, index: int | None = index) -> np.ndarray:
-            leaves = {path: np.asarray(flat[where[path]]) for path in rule.leaves}
-            leaves = {path: a if index is None else a[index] for path, a in leaves.items()}
-            return rules.to_disk(rule, leaves, np.concatenate)
+        def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:
+            leaves = {p: place.part(np.asarray(flat[where[p]]), stacked=stacked) for p in place.rule.leaves}
+            return rules.to_disk(place.rule, leaves, np.concatenate)
 
-        shape = rules.disk_shape(rule, Place(rule, layer).sizes(config))
-        tensors[name] = Tensor.lazy(name, np.dtype(flat[where[rule.leaves[0]]].dtype), shape, get)
+        shape = rules.disk_shape(place.rule, place.sizes(config))
+        tensors[name] = Tensor.lazy(name, np.dtype(flat[where[place.rule.leaves[0]]].dtype), shape, get)
     return tensors
 
 

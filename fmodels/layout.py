@@ -16,6 +16,7 @@ import numpy as np
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
+from fmodels.transforms._leaves import stack
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import rules
@@ -142,11 +143,15 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
     """
     planned = plan({name: tuple(a.shape) for name, a in tensors.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
+    experts: dict[str, list[Any]] = {}
     for name, place in planned.tensors.items():
-        where = rules.layer_leaves(*place)
+        where = place.leaves(stacked=False)
         for path, leaf in rules.from_disk(place.rule, tensors[name], place.sizes(config)).items():
-            leaves[where[path]] = leaf
-    params = tree.unflatten(leaves)
+            if place.expert is None:
+                leaves[where[path]] = leaf
+            else:  # they come in order
+                experts.setdefault(where[path], []).append(leaf)
+    params = tree.unflatten({**leaves, **{path: stack(*parts) for path, parts in experts.items()}})
     return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
 
 
@@ -174,14 +179,11 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
     weights = family(config).weights
     weights = weights.of_module if module or config.module_names else weights
     tensors: dict[str, Any] = {}
-    for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
-        where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
-        leaves = {
-            path: flat[where[path]][layer] if stacked and layer is not None else flat[where[path]]
-            for path in rule.leaves
-        }
+    for name, (place, source) in weights.sources(config, flat.__contains__).items():
+        where = source if stacked or place.layer is None else place.leaves(stacked=False)
+        leaves = {path: place.part(flat[where[path]], stacked=stacked) for path in place.rule.leaves}
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
-        tensors[name] = rules.to_disk(rule, leaves, np.concatenate if numpy else jnp.concatenate)
+        tensors[name] = rules.to_disk(place.rule, leaves, np.concatenate if numpy else jnp.concatenate)
     if tied:
         repeats = {name: leaf for name, leaf in weights.repeats(config).items() if leaf in flat}
         tensors = _with_repeats(tensors, {name: flat[leaf] for name, leaf in repeats.items()}, weights)
@@ -204,9 +206,7 @@ def disk_names(config: Config, *, tied: bool = False, module: bool = False) -> d
     """
     weights = family(config).weights
     weights = weights.of_module if module or config.module_names else weights
-    names = {
-        name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
-    }
+    names = {name: tuple(place.leaves(stacked=False).values()) for name, place in weights.places(config).items()}
     if tied:
         names = _with_repeats(names, {name: (leaf,) for name, leaf in weights.repeats(config).items()}, weights)
     return names

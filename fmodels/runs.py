@@ -230,7 +230,8 @@ def read_with_transformers(params: Params, config: Config, folder: Path) -> tupl
             return model.eval(), "its weights were handed over, as A is not a folder"
         # transformers reads config.json and the weights by itself: nothing of ours is between the disk and its numbers.
         kind: Any = type(model)
-        read = kind.from_pretrained(folder, dtype="float32", attn_implementation=config.reference)
+        how = {"experts_implementation": "eager"} if hasattr(config, "num_experts") else {}  # others want even sizes
+        read = kind.from_pretrained(folder, dtype="float32", attn_implementation=config.reference, **how)
     return read.eval(), "read the folder by itself"
 
 

@@ -28,7 +28,14 @@ LETTERS = {
     "h": "query heads",
     "g": "key-value heads",
     "k": "head size",
+    "u": "plain part of a head",
+    "w": "rotated part of a head",
+    "z": "latent",
+    "q": "query rank",
     "f": "intermediate",
+    "x": "experts",
+    "i": "expert intermediate",
+    "j": "shared intermediate",
     "v": "vocabulary",
     "c": "classes",
     "l": "layer",
@@ -45,12 +52,22 @@ SIZES = {
     "h": "num_heads",
     "g": "num_kv_heads",
     "k": "head_dim",
+    "u": "plain_size",
+    "w": "rope_size",
+    "z": "latent_size",
+    "q": "query_rank",
     "f": "intermediate_size",
+    "x": "num_experts",
+    "i": "expert_size",
+    "j": "shared_size",
     "v": "vocab_size",
     "c": "num_labels",
     "l": "num_layers",
 }
 """Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
+
+LIKE = {"e": "d", "o": "d", "i": "f", "j": "f"}
+"""Letter -> the letter whose rule of sharding, and whose size, is also its own where it has none."""
 
 CLASSES = {
     "multiple-choice": 1, "double-heads": 1, "replaced-token-detection": 1, "next-sentence": 2, "pretraining": 2,
@@ -87,6 +104,21 @@ AXES = {
     "layers.attention.value.bias": "l g k",
     "layers.attention.output.weight": "l d h k",
     "layers.attention.output.bias": "l d",
+    "layers.attention.sinks": "l h",
+    "layers.attention.query.plain.weight": "l h u d",
+    "layers.attention.query.turned.weight": "l h w d",
+    "layers.attention.query_down.weight": "l q d",
+    "layers.attention.query_down.bias": "l q",
+    "layers.attention.query_down_norm.scale": "l q",
+    "layers.attention.query_up.plain.weight": "l h u q",
+    "layers.attention.query_up.turned.weight": "l h w q",
+    "layers.attention.latent.weight": "l z d",
+    "layers.attention.latent.bias": "l z",
+    "layers.attention.latent_norm.scale": "l z",
+    "layers.attention.turned_key.weight": "l w d",
+    "layers.attention.turned_key.bias": "l w",
+    "layers.attention.key_up.weight": "l h u z",
+    "layers.attention.value_up.weight": "l h k z",
     "layers.attention_after_norm.scale": "l d",
     "layers.mlp_norm.scale": "l d",
     "layers.mlp_norm.bias": "l d",
@@ -97,6 +129,19 @@ AXES = {
     "layers.mlp.up.bias": "l f",
     "layers.mlp.down.weight": "l d f",
     "layers.mlp.down.bias": "l d",
+    "layers.moe.router.weight": "l x d",
+    "layers.moe.router.bias": "l x",
+    "layers.moe.router.choice_bias": "l x",
+    "layers.moe.gate.weight": "l x i d",
+    "layers.moe.gate.bias": "l x i",
+    "layers.moe.up.weight": "l x i d",
+    "layers.moe.up.bias": "l x i",
+    "layers.moe.down.weight": "l x d i",
+    "layers.moe.down.bias": "l x d",
+    "layers.moe.shared.gate.weight": "l j d",
+    "layers.moe.shared.up.weight": "l j d",
+    "layers.moe.shared.down.weight": "l d j",
+    "layers.moe.shared_gate.weight": "l d",
     "final_norm.scale": "d",
     "final_norm.bias": "d",
     "projection.weight": "e d",
@@ -208,6 +253,8 @@ def kept_heads(config: Any, layer: int) -> tuple[int, ...]:
 def field(config: Any, path: str, letter: str) -> str:
     """The config's field with the size of `letter` at `path`: `decoder_num_layers` where there is one, `num_layers`."""
     own = f"{stack(path)}_{SIZES[letter]}"
+    if not hasattr(config, SIZES[letter]) and letter in LIKE:
+        return field(config, path, LIKE[letter])
     return own if hasattr(config, own) else SIZES[letter]
 
 
@@ -225,20 +272,31 @@ def sizes(config: Any, path: str = "", layer: int | None = None) -> dict[str, in
 
 
 def is_ragged(config: Any) -> bool:
-    """True if layers differ in their numbers of heads, so that they cannot be stacked."""
-    return len({heads(config, layer) for layer in range(config.num_layers)}) > 1
+    """True if layers differ in their parts or in their numbers of heads, so that they cannot be stacked."""
+    if any(len(set(has)) > 1 for has in parts(config).values()):
+        return True
+    return bool(config.pruned_heads) and len({heads(config, layer) for layer in range(config.num_layers)}) > 1
+
+
+def parts(config: Any) -> Mapping[str, tuple[bool, ...]]:
+    """The part of a layer, such as `"moe"` -> which layers have it, for the parts that not all need have."""
+    return getattr(config, "layer_parts", {})
+
+
+def layers_of(path: str, config: Any) -> list[int]:
+    """The layers that have the leaf at `path`, which is in stacked form."""
+    has = parts(config).get(line(path).split(".")[1])
+    return [i for i in range(sizes(config, path)["l"]) if has is None or has[i]]
 
 
 def paths(leaves: Iterable[str], config: Any, *, stacked: bool) -> list[str]:
     """Expands paths in stacked form to those of a tree with as many layers as the config says, stacked or not."""
-    if stacked:
-        return list(leaves)
     expanded: list[str] = []
     for path in leaves:
-        if "l" in axes(path):
-            expanded += [with_layer(path, i) for i in range(sizes(config, path)["l"])]
-        else:
+        if "l" not in axes(path):
             expanded.append(path)
+        elif there := layers_of(path, config):
+            expanded += [path] if stacked else [with_layer(path, i) for i in there]
     return expanded
 
 
@@ -258,7 +316,7 @@ def abstract(leaves: Iterable[str], config: Any, dtype: Any, *, stacked: bool = 
         >>> abstract(["embed.tokens"], config, "float32")
         {'embed': {'tokens': ShapeDtypeStruct(shape=(5, 4), dtype=float32)}}
     """
-    stacked = stacked and not (config.pruned_heads and is_ragged(config))
+    stacked = stacked and not is_ragged(config)
     return tree.unflatten(
         {p: jax.ShapeDtypeStruct(shape(p, config), dtype) for p in paths(leaves, config, stacked=stacked)}
     )
@@ -332,7 +390,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
         mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
-            also that of `e` and `o`, unless they have their own.
+            also that of `e` and `o`, and that of `f` that of experts' and shared ones, unless they have their own.
 
     Example:
         >>> import jax
@@ -340,7 +398,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
         >>> partition(params, {"v": "model"})["embed"]["tokens"]
         P('model', None)
     """
-    mesh_axes = {"e": mesh_axes["d"], "o": mesh_axes["d"], **mesh_axes} if "d" in mesh_axes else mesh_axes
+    mesh_axes = {**{letter: mesh_axes[other] for letter, other in LIKE.items() if other in mesh_axes}, **mesh_axes}
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
         used: set[str] = set()

@@ -71,6 +71,7 @@ class Output(NamedTuple):
             layers differ in their heads.
         cross_attentions: as `attentions`, of the decoder to the `s` tokens of the encoder.
         encoder_attentions: as `attentions`, of the encoder to itself.
+        router_logits: `(l b t x)`, on request: what the routers of the layers with experts gave.
     """
 
     logits: Array | None = None
@@ -84,6 +85,7 @@ class Output(NamedTuple):
     attentions: Any = None
     cross_attentions: Any = None
     encoder_attentions: Any = None
+    router_logits: Array | None = None
 
 
 class Keep(NamedTuple):
@@ -92,10 +94,12 @@ class Keep(NamedTuple):
     Attributes:
         hidden_states: the input of every layer.
         attentions: the weights of every attention.
+        router_logits: what every router gave.
     """
 
     hidden_states: bool = False
     attentions: bool = False
+    router_logits: bool = False
 
 
 NOTHING = Keep()

@@ -190,7 +190,7 @@ def _compare_all(
             Comparison(
                 "JAX, stacked",
                 "not possible",
-                note="layers differ in their numbers of heads; the reference is unstacked",
+                note="layers differ in their parts or their numbers of heads; the reference is unstacked",
             )
         )
     for name in FRAMEWORKS:

@@ -101,7 +101,7 @@ def from_tensorflow(tensors_or_module: Any, config: Any) -> fm.Params:
         config: the config.
 
     Returns:
-        A tree of jax arrays in the dtypes that came, stacked unless `config.pruned_heads` makes the layers differ.
+        A tree of jax arrays in the dtypes that came, stacked unless the config makes the layers differ.
 
     Raises:
         ValueError: tensors are missing, unexpected, of another shape, of a 64-bit dtype that jax would cut to 32 bits,

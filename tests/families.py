@@ -66,6 +66,17 @@ OPT = {name: value for name, value in NEOX.items() if name not in ("intermediate
     "ffn_dim": 37, "init_std": 0.2,
 }  # fmt: skip
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
+MIXTRAL = LLAMA | {"num_local_experts": 5, "num_hidden_layers": 2, "hidden_size": 20}
+QWEN_MOE = LLAMA | {"num_hidden_layers": 2, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 9}
+QWEN2_MOE = SMALL | QWEN_MOE | {"head_dim": 10, "shared_expert_intermediate_size": 11}
+GPT_OSS = MIXTRAL | {"sliding_window": 3, "swiglu_limit": 0.7}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 50.0, "original_max_position_embeddings": 8}
+DEEPSEEK = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 20, "intermediate_size": 37, "moe_intermediate_size": 9, "num_hidden_layers": 2,
+    "first_k_dense_replace": 1, "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 7, "kv_lora_rank": 5,
+    "qk_nope_head_dim": 9, "qk_rope_head_dim": 6, "v_head_dim": 8, "n_routed_experts": 6, "n_group": 3, "topk_group": 2,
+    "num_experts_per_tok": 3,
+}  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
 NESTED = {
@@ -74,7 +85,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm gptj gpt_neox opt gpt_neo bloom falcon xglm""".split()
+    stablelm gptj gpt_neox opt gpt_neo bloom falcon xglm mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -158,6 +169,12 @@ CASES = (
     Case("mistral/sequence-classification", "MistralForSequenceClassification", LLAMA | {"sliding_window": None} | THREE),
     Case("mistral/token-classification", "MistralForTokenClassification", LLAMA | {"sliding_window": None} | THREE),
     Case("mistral/question-answering", "MistralForQuestionAnswering", LLAMA | {"sliding_window": None}),
+    Case("mixtral/base", "MixtralModel", MIXTRAL | {"sliding_window": 3}),
+    Case("mixtral/causal-lm", "MixtralForCausalLM", MIXTRAL | {"num_experts_per_tok": 3}),
+    Case("mixtral/causal-lm/tied", "MixtralForCausalLM", MIXTRAL | {"tie_word_embeddings": True, "num_experts_per_tok": 1}),
+    Case("mixtral/sequence-classification", "MixtralForSequenceClassification", MIXTRAL | THREE),
+    Case("mixtral/token-classification", "MixtralForTokenClassification", MIXTRAL | THREE),
+    Case("mixtral/question-answering", "MixtralForQuestionAnswering", MIXTRAL),
     Case("qwen2/base", "Qwen2Model", SMALL | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
     Case("qwen2/causal-lm", "Qwen2ForCausalLM", SMALL | {"num_attention_heads": 6, "tie_word_embeddings": True}),
     Case("qwen2/sequence-classification", "Qwen2ForSequenceClassification", SMALL | THREE),
@@ -171,6 +188,46 @@ CASES = (
     Case("qwen3/sequence-classification", "Qwen3ForSequenceClassification", LLAMA | THREE),
     Case("qwen3/token-classification", "Qwen3ForTokenClassification", LLAMA | THREE),
     Case("qwen3/question-answering", "Qwen3ForQuestionAnswering", LLAMA),
+    Case("qwen2_moe/base", "Qwen2MoeModel", QWEN2_MOE | {"use_sliding_window": True, "sliding_window": 3}),
+    Case("qwen2_moe/causal-lm", "Qwen2MoeForCausalLM", QWEN2_MOE | {"norm_topk_prob": True, "qkv_bias": False}),
+    Case(
+        "qwen2_moe/causal-lm/mixed", "Qwen2MoeForCausalLM",
+        QWEN2_MOE | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "tie_word_embeddings": True},
+    ),
+    Case("qwen2_moe/sequence-classification", "Qwen2MoeForSequenceClassification", QWEN2_MOE | THREE),
+    Case("qwen2_moe/token-classification", "Qwen2MoeForTokenClassification", QWEN2_MOE | THREE),
+    Case("qwen2_moe/question-answering", "Qwen2MoeForQuestionAnswering", QWEN2_MOE),
+    Case("qwen3_moe/base", "Qwen3MoeModel", QWEN_MOE | {"use_sliding_window": True, "sliding_window": 3}),
+    Case("qwen3_moe/causal-lm", "Qwen3MoeForCausalLM", QWEN_MOE | {"norm_topk_prob": True, "attention_bias": True}),
+    Case("qwen3_moe/causal-lm/mixed", "Qwen3MoeForCausalLM", QWEN_MOE | {"num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    Case("qwen3_moe/sequence-classification", "Qwen3MoeForSequenceClassification", QWEN_MOE | THREE),
+    Case("qwen3_moe/token-classification", "Qwen3MoeForTokenClassification", QWEN_MOE | THREE),
+    Case("qwen3_moe/question-answering", "Qwen3MoeForQuestionAnswering", QWEN_MOE),
+    Case("gpt_oss/base", "GptOssModel", GPT_OSS),
+    Case("gpt_oss/causal-lm", "GptOssForCausalLM", GPT_OSS | {"num_hidden_layers": 3, "rope_parameters": YARN}),
+    Case(
+        "gpt_oss/causal-lm/no-bias", "GptOssForCausalLM",
+        GPT_OSS | {
+            "attention_bias": False, "tie_word_embeddings": True, "swiglu_alpha": 1.1, "num_experts_per_tok": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    Case("gpt_oss/sequence-classification", "GptOssForSequenceClassification", GPT_OSS | THREE),
+    Case("gpt_oss/token-classification", "GptOssForTokenClassification", GPT_OSS | THREE),
+    Case("deepseek_v3/base", "DeepseekV3Model", DEEPSEEK | {"q_lora_rank": None, "first_k_dense_replace": 0, "rope_interleave": False}),
+    Case(
+        "deepseek_v3/causal-lm", "DeepseekV3ForCausalLM",
+        DEEPSEEK | {"attention_bias": True, "n_shared_experts": 2, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    Case(
+        "deepseek_v3/causal-lm/one-group", "DeepseekV3ForCausalLM",
+        DEEPSEEK | {
+            "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("deepseek_v3/sequence-classification", "DeepseekV3ForSequenceClassification", DEEPSEEK | THREE),
+    Case("deepseek_v3/token-classification", "DeepseekV3ForTokenClassification", DEEPSEEK | THREE),
     Case("gemma/base", "GemmaModel", LLAMA),
     Case("gemma/causal-lm", "GemmaForCausalLM", LLAMA | {"hidden_act": "gelu", "attention_bias": True}),
     Case("gemma/sequence-classification", "GemmaForSequenceClassification", LLAMA | THREE),
@@ -442,7 +499,10 @@ class Loaded:
         """`fm.forward` on the same inputs; positions are left to its default rule."""
         given = {name: a for name, a in self.inputs(padding).items() if name != "positions"}
         params, config = self.params if params is None else params, self.config if config is None else config
-        return fm.forward(params, config, **given, **({"hidden_states": True, "attentions": True} | options))
+        asked = {"hidden_states": True, "attentions": True} | (
+            {"router_logits": True} if hasattr(config, "num_experts") else {}
+        )
+        return fm.forward(params, config, **given, **(asked | options))
 
 
 def build(case: Case) -> Any:
@@ -510,6 +570,9 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
     if type(model).__name__.endswith("DoubleHeadsModel"):
         columns = torch.arange(named["input_ids"].shape[-1])
         named["mc_token_ids"] = (columns * named["attention_mask"]).argmax(-1)
+    if hasattr(model.config, "output_router_logits"):
+        named["output_router_logits"] = True
+        model.set_experts_implementation("eager")  # the default wants sizes that are multiples of 4
     weights = model.config._attn_implementation == "eager"  # no other returns them
     return model(**named, output_hidden_states=True, output_attentions=weights)
 
@@ -530,6 +593,10 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
     ):  # fmt: skip
         if out.get(theirs):
             found[ours] = torch.stack(out[theirs])
+    if out.get("router_logits"):
+        found["router_logits"] = torch.stack(
+            [x.reshape(*out.hidden_states[0].shape[:2], -1) for x in out.router_logits]
+        )
     if "encoder_last_hidden_state" in out:
         found["encoder_hidden"] = out.encoder_last_hidden_state
     if "last_hidden_state" in out:
@@ -581,6 +648,8 @@ def assert_equal(
         ours = np.asarray(ours)
         if name.endswith("attentions"):  # of real queries to all keys
             where = flat[None, :, None, :, None]
+        elif name == "router_logits":
+            where = flat[None, :, :, None]
         elif name.endswith("hidden_states"):
             ours, theirs, where = ours.reshape(theirs.shape), theirs, flat[None, :, :, None]
         elif ours.ndim > mask.ndim and ours.shape[: mask.ndim] == mask.shape:
@@ -588,7 +657,7 @@ def assert_equal(
         else:
             where = np.ones((1,) * theirs.ndim, bool)
         assert ours.shape == theirs.shape, f"{name} has shape {ours.shape}, transformers {theirs.shape}"
-        if not causal and not name.endswith(("hidden_states", "attentions")):
+        if not causal and not name.endswith(("hidden_states", "attentions", "router_logits")):
             where = np.ones((1,) * theirs.ndim, bool)
         error = np.where(where, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)), 0)
         assert error.max() <= bound, (

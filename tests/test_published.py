@@ -8,6 +8,7 @@ import transformers as hf
 import fmodels as fm
 from fmodels.models import family
 from fmodels.weights import rules
+from tests import families
 
 GEMMA = {"vocab_size": 256000, "tie_word_embeddings": True}
 PUBLISHED = {
@@ -73,6 +74,13 @@ PUBLISHED = {
     }),
     "xglm-564M": ("XGLMForCausalLM", 564_463_616, {}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", 20_554_567_680, {}),
+    "Mixtral-8x7B": ("MixtralForCausalLM", 46_702_792_704, {"max_position_embeddings": 32768}),
+    "Qwen1.5-MoE-A2.7B": ("Qwen2MoeForCausalLM", 14_315_784_192, {}),
+    "Qwen3-30B-A3B": ("Qwen3MoeForCausalLM", 30_532_122_624, {
+        "num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "max_position_embeddings": 40960,
+    }),
+    "gpt-oss-20b": ("GptOssForCausalLM", 20_914_757_184, {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", 671_026_419_200, {}),
     "xlm-roberta-large": ("XLMRobertaForMaskedLM", 560_142_482, {
         "vocab_size": 250002, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "max_position_embeddings": 514, "type_vocab_size": 1,
@@ -93,7 +101,7 @@ def test_names_and_shapes(name):
         model = kind(kind.config_class(**sizes))
     model.tie_weights()
     config = family(model.config.model_type).config.from_hf(model.config.to_dict() | {"architectures": [architecture]})
-    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in (*model.parameters(), *families.learned_buffers(model))) == count
     params = fm.abstract(config, dtype="bfloat16")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count == fm.num_parameters(params)
     places = family(config).weights.of_module.places(config)

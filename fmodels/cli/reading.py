@@ -32,15 +32,15 @@ def run_info(args: argparse.Namespace) -> int:
     from fmodels.checkpoint import load_config
     from fmodels.text import size, table
     from fmodels.transforms.counting import num_parameters
-    from fmodels.weights import read_file, read_folder, rules
+    from fmodels.weights import read_file, read_folder
 
     path = resolve(args)
     config = load_config(path)
     tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
     planned = layout.plan({name: tensor.shape for name, tensor in tensors.items()}, config, what="info")
     leaves: dict[str, Any] = {}
-    for name, (rule, layer) in planned.tensors.items():
-        for leaf in rules.layer_leaves(rule, layer).values():
+    for name, place in planned.tensors.items():
+        for leaf in place.leaves(stacked=False).values():
             leaves[leaf] = jax.ShapeDtypeStruct(schema.shape(leaf, config), tensors[name].dtype)
     params = tree.unflatten(leaves)
     dtypes: dict[str, int] = {}

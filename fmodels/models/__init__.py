@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fmodels.models import bloom as bloom
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
+    from fmodels.models import deepseek_v3 as deepseek_v3
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
     from fmodels.models import falcon as falcon
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from fmodels.models import gpt2 as gpt2
     from fmodels.models import gpt_neo as gpt_neo
     from fmodels.models import gpt_neox as gpt_neox
+    from fmodels.models import gpt_oss as gpt_oss
     from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
     from fmodels.models import mistral as mistral
+    from fmodels.models import mixtral as mixtral
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
     from fmodels.models import olmo2 as olmo2
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from fmodels.models import phi as phi
     from fmodels.models import phi3 as phi3
     from fmodels.models import qwen2 as qwen2
+    from fmodels.models import qwen2_moe as qwen2_moe
     from fmodels.models import qwen3 as qwen3
+    from fmodels.models import qwen3_moe as qwen3_moe
     from fmodels.models import roberta as roberta
     from fmodels.models import roberta_prelayernorm as roberta_prelayernorm
     from fmodels.models import roformer as roformer
@@ -82,6 +87,7 @@ FILES: dict[str, str] = {
     "bloom": "bloom",
     "camembert": "camembert",
     "cohere": "cohere",
+    "deepseek_v3": "deepseek_v3",
     "distilbert": "distilbert",
     "electra": "electra",
     "falcon": "falcon",
@@ -91,10 +97,12 @@ FILES: dict[str, str] = {
     "gpt2": "gpt2",
     "gpt_neo": "gpt_neo",
     "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
     "gptj": "gptj",
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
+    "mixtral": "mixtral",
     "mpnet": "mpnet",
     "mt5": "mt5",
     "olmo2": "olmo2",
@@ -102,7 +110,9 @@ FILES: dict[str, str] = {
     "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
     "roberta": "roberta",
     "roberta-prelayernorm": "roberta_prelayernorm",
     "roformer": "roformer",

@@ -152,6 +152,11 @@ class Config:
         return None
 
     @property
+    def layer_parts(self) -> Mapping[str, tuple[bool, ...]]:
+        """The part of a layer, such as `"moe"` -> which layers have it, for the parts that not all need have."""
+        return {}
+
+    @property
     def logit_scale(self) -> float | None:
         """Of the logits over the vocabulary."""
         return None
@@ -323,7 +328,7 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
         leaves: which leaves, as paths in stacked form; all that the config's model must have if None.
 
     Returns:
-        A stacked tree, or a tuple of layers if the config's `pruned_heads` make them ragged.
+        A stacked tree, or a tuple of layers if the config's `layer_parts` or `pruned_heads` make them differ.
     """
     if leaves is None:
         # Optional leaves are what a new model has too, apart from those that exist only to keep old bytes.

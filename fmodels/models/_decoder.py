@@ -24,6 +24,8 @@ from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, with_slopes
 from fmodels.nn.embeddings import embed
+from fmodels.nn.experts import Gate, Routing, moe
+from fmodels.nn.latent import latent_attention
 from fmodels.nn.linear import linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
@@ -196,6 +198,16 @@ class Config(BaseConfig):
     @property
     def attention_cap(self) -> float | None:
         """The scores are squeezed between this and its negative."""
+        return None
+
+    @property
+    def routing(self) -> Routing:
+        """How tokens go to experts, in layers that have some."""
+        return Routing(1)
+
+    @property
+    def expert_clamp(self) -> tuple[float, float] | None:
+        """Of the experts' gated form, see `Gate`."""
         return None
 
     @property
@@ -403,6 +415,7 @@ def forward(
     cache: Cache | None = None,
     select: Array | None = None,
     keep: Keep = NOTHING,
+    experts: str | None = None,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`."""
     if token_types is not None:
@@ -430,6 +443,14 @@ def forward(
     def residual(x: Array, y: Array) -> Array:
         return x + (y if config.residual_scale is None else y * jnp.asarray(config.residual_scale, y.dtype))
 
+    gate = Gate(config.activation, config.expert_clamp)
+
+    def feed(p: Params, x: Array, slot: Any) -> Any:
+        if "moe" not in p:
+            return mlp(p["mlp"], x, config.activation), slot
+        y, logits = moe(p["moe"], x, config.routing, gate, how=experts)
+        return y, slot._replace(routed=logits)
+
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
         if config.slopes is not None:
@@ -437,17 +458,19 @@ def forward(
                 seen, _slopes(config, index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
             )
         before = normed(p, "attention_norm", x) if config.norm_first else x
-        y, slot = attention(
-            p["attention"], before, seen, slot=slot, rope=rope, interleaved=config.interleaved, norm=norm_heads,
-            scale=config.attention_scale, cap=config.attention_cap,
-        )  # fmt: skip
+        common: Any = {"slot": slot, "rope": rope, "interleaved": config.interleaved, "scale": config.attention_scale}
+        if "latent" in p["attention"]:
+            y, slot = latent_attention(p["attention"], before, seen, **common)
+        else:
+            y, slot = attention(p["attention"], before, seen, norm=norm_heads, cap=config.attention_cap, **common)
         y = norm(p["attention_after_norm"], y) if "attention_after_norm" in p else y
         if config.parallel:
-            return x + y + mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else before, config.activation), slot
+            fed, slot = feed(p, norm(p["mlp_norm"], x) if "mlp_norm" in p else before, slot)
+            return x + y + fed, slot
         x = residual(before if config.norm_residual else x, y)
         x = x if config.norm_first else normed(p, "attention_norm", x)
         before = normed(p, "mlp_norm", x) if config.norm_first else x
-        y = mlp(p["mlp"], before, config.activation)
+        y, slot = feed(p, before, slot)
         y = norm(p["mlp_after_norm"], y) if "mlp_after_norm" in p else y
         x = residual(before if config.norm_residual else x, y)
         return x if config.norm_first else normed(p, "mlp_norm", x), slot

@@ -169,7 +169,8 @@ def attention(
     """`softmax(q kᵀ · scale) v`, with as many query heads per key-value head as the weights have.
 
     Args:
-        params: `query` `(h k d)`, `key` and `value` `(g k d)`, `output` `(d h k)`, each with an optional bias.
+        params: `query` `(h k d)`, `key` and `value` `(g k d)`, `output` `(d h k)`, each with an optional bias; optionally
+            `sinks` `(h)`, see `dot_product`.
         x: `(b t d)`.
         seen: from `attend`.
         slot: this layer's place in the cache; keys and values of `x` are written there, and the weights if it keeps them.
@@ -196,14 +197,14 @@ def attention(
     if slot.keys is not None and seen.old is not None:
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    context, weights = dot_product(query, parts, scale, cap=cap)
-    slot = slot.keep(weights[0] if len(weights) == 1 else _by_slot(weights[0], weights[1], slot))
+    context, weights = dot_product(query, parts, scale, cap=cap, sinks=params.get("sinks"))
+    slot = slot.keep(weights[0] if len(weights) == 1 else by_slot(weights[0], weights[1], slot))
     if slot.keys is not None:
         slot = write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def _by_slot(old: Array, new: Array, slot: Slot) -> Array:
+def by_slot(old: Array, new: Array, slot: Slot) -> Array:
     """The weights of the slots `(b h t s)` with those of the new tokens `(b h t t)`, by columns of the cache."""
     if old.shape[-1] < slot.columns:
         columns = jnp.arange(slot.columns, dtype=jnp.int32)[None]
@@ -244,7 +245,7 @@ def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
 
 
 def dot_product(
-    query: Array, parts: Sequence[Part], scale: Any, *, cap: float | None = None
+    query: Array, parts: Sequence[Part], scale: Any, *, cap: float | None = None, sinks: Array | None = None
 ) -> tuple[Array, list[Array]]:
     """Softmax attention of `(b t h k)` over all parts together, heads of a group side by side.
 
@@ -256,9 +257,10 @@ def dot_product(
         parts: keys and values, and which of them each query sees.
         scale: of the scores.
         cap: as in `attention`.
+        sinks: `(h)`, the score of one more key of each head, whose value is 0.
 
     Returns:
-        `(b t h k)`, and the weights of each part `(b h t s)`.
+        `(b t h k)`, with the values' `k`, and the weights of each part `(b h t s)`.
     """
     b, t, h, k = query.shape
     groups = parts[0][0].shape[1]
@@ -281,10 +283,17 @@ def dot_product(
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
         return jnp.where(seen[:, None], x, lowest)
 
-    weights = jax.nn.softmax(jnp.concatenate([score(part) for part in parts], axis=-1), axis=-1)
-    weights = jnp.split(weights.astype(rows.dtype), np.cumsum([part.keys.shape[2] for part in parts])[:-1], axis=-1)
+    scores = [score(part) for part in parts]
+    if sinks is not None:
+        sink = jnp.repeat(sinks.astype(jnp.float32).reshape(groups, each), t, axis=1)
+        scores.append(jnp.broadcast_to(sink[None, :, :, None], (b, groups, each * t, 1)))
+    ends = np.cumsum([part.keys.shape[2] for part in parts])
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)[..., : ends[-1]]
+    weights = jnp.split(weights.astype(rows.dtype), ends[:-1], axis=-1)
     context = sum(
         jnp.einsum("bgns,bgsk->bgnk", w, part.values.astype(rows.dtype), precision=full)
         for w, part in zip(weights, parts, strict=True)
     )
-    return jnp.asarray(context).reshape(b, h, t, k).swapaxes(1, 2), [w.reshape(b, h, t, -1) for w in weights]
+    return jnp.asarray(context).reshape(b, h, t, parts[0].values.shape[-1]).swapaxes(1, 2), [
+        w.reshape(b, h, t, -1) for w in weights
+    ]

@@ -25,6 +25,7 @@ class Slot(NamedTuple):
         columns: of the cache's mask; keys and values with fewer slots are a ring.
         weights: `(b h t s)` of the layer's attentions so far, in the order in which they are called; None where nobody
             asks for them.
+        routed: `(b t x)`, the logits of the layer's router, if it has one.
     """
 
     keys: Any = None
@@ -33,6 +34,7 @@ class Slot(NamedTuple):
     start: Any = None
     columns: int = 0
     weights: tuple[Array, ...] | None = None
+    routed: Array | None = None
 
     def keep(self, weights: Array) -> Slot:
         """With the weights of another attention, if they are asked for."""
@@ -43,13 +45,17 @@ NO_SLOT = Slot()
 """Of a layer without a cache."""
 
 
+LATENT = ("turned_key", "latent")
+"""What latent attention caches in place of keys and of values."""
+
+
 def init_cache(
     params: Params, batch: int, length: int, *, quantized: bool = False, config: Any = None, ahead: int = 0
 ) -> Cache:
     """An empty cache for `length` tokens; its shapes and dtype are read from the parameters.
 
     Args:
-        params: a tree with `layers.attention.key`, or `decoder.layers.attention.key`.
+        params: a tree with `layers.attention.key`, or `decoder.layers.attention.key`, or with latent attention.
         batch: rows.
         length: slots per row.
         quantized: whether keys and values are kept in 8 bits, with a scale for each token and head.
@@ -75,13 +81,18 @@ def init_cache(
     if layers is None:
         raise ValueError(f"init_cache: this model has no decoder, only {', '.join(stacks)}; it needs no cache")
 
-    def zeros(weight: Any, slots: int) -> Any:
-        *depth, groups, size, _ = weight.shape
+    def zeros(shape: tuple[int, ...], slots: int) -> Any:
+        *depth, groups, size = shape
         empty = jnp.zeros((*depth, batch, groups, slots, size), dtype)
         return Scaled(empty.astype(jnp.int8), jnp.zeros((*empty.shape[:-1], 1), dtype)) if quantized else empty
 
     def of_layer(layer: Params, slots: int) -> tuple[Any, Any]:
-        return zeros(layer["attention"]["key"]["weight"], slots), zeros(layer["attention"]["value"]["weight"], slots)
+        part = layer["attention"]
+        if "latent" in part:  # what all heads share
+            shapes = [(*part[name]["weight"].shape[:-2], 1, part[name]["weight"].shape[-2]) for name in LATENT]
+        else:
+            shapes = [part[name]["weight"].shape[:-1] for name in ("key", "value")]
+        return zeros(shapes[0], slots), zeros(shapes[1], slots)
 
     if isinstance(layers, Mapping):
         keys, values = of_layer(dict(layers), length if sizes is None else sizes[0])

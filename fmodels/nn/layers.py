@@ -25,12 +25,14 @@ class Ran(NamedTuple):
         inputs: `(l b t d)`, of every layer; None where nobody asks.
         weights: of the layers' attentions, `(l b h t s)` for each that a layer has, or a tuple of `(b h t s)` where layers
             differ; empty where nobody asks.
+        routed: `(l b t x)`, the logits of those layers' routers that have one; None where nobody asks.
     """
 
     x: Array
     cache: Cache | None
     inputs: Array | None
     weights: tuple[Any, ...]
+    routed: Array | None = None
 
     def onto(self, out: Output, hidden: Array) -> Output:
         """The output with what is kept of the layers; `hidden` is the last of the hidden states if it is `(b t d)`, too."""
@@ -38,7 +40,9 @@ class Ran(NamedTuple):
         if states is not None and hidden.shape == self.x.shape:
             states = jnp.concatenate([states, hidden[None]])
         attentions, cross = (*self.weights, None, None)[:2]
-        return out._replace(hidden_states=states, attentions=attentions, cross_attentions=cross)
+        return out._replace(
+            hidden_states=states, attentions=attentions, cross_attentions=cross, router_logits=self.routed
+        )
 
 
 def run(
@@ -92,13 +96,14 @@ def with_cross(layers: Params | Sequence[Params], cross: Cross) -> Params | Sequ
 def _unroll(
     layer: Layer, layers: Sequence[Params], x: Array, cache: Cache | None, keep: Keep, order: Sequence[int] | None
 ) -> Ran:
-    inputs, weights = [], []
+    inputs, weights, routed = [], [], []
     keys, values = (list(cache.keys), list(cache.values)) if cache is not None else ([], [])
     for i in range(len(layers)) if order is None else order:
         inputs.append(x)
         slot = NO_SLOT if cache is None else Slot(keys[i], values[i], None, cache.length, cache.mask.shape[1])
         x, slot = layer(layers[i], i, x, slot._replace(weights=() if keep.attentions else None))
         weights.append(slot.weights or ())
+        routed += [] if slot.routed is None else [slot.routed]
         if cache is not None:
             keys[i], values[i] = slot.keys, slot.values
     if cache is not None:
@@ -106,7 +111,8 @@ def _unroll(
         keys, values = (tuple(a) if same else jnp.stack(a) for a in (keys, values))
         cache = cache._replace(keys=keys, values=values)
     found = tuple(jnp.stack(w) if len({x.shape for x in w}) == 1 else w for w in zip(*weights, strict=True))
-    return Ran(x, cache, jnp.stack(inputs) if keep.hidden_states else None, found)
+    states = jnp.stack(inputs) if keep.hidden_states else None
+    return Ran(x, cache, states, found, jnp.stack(routed) if keep.router_logits and routed else None)
 
 
 def _scan(layer: Layer, layers: Params, x: Array, cache: Cache | None, keep: Keep, order: Sequence[int] | None) -> Ran:
@@ -122,11 +128,11 @@ def _scan(layer: Layer, layers: Params, x: Array, cache: Cache | None, keep: Kee
             params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), layers)
         slot = NO_SLOT if kv is None or cache is None else Slot(kv[0], kv[1], index, cache.length, cache.mask.shape[1])
         y, slot = layer(params, index, x, slot._replace(weights=() if keep.attentions else None))
-        kept = (x if keep.hidden_states else None, slot.weights or ())
+        kept = (x if keep.hidden_states else None, slot.weights or (), slot.routed if keep.router_logits else None)
         return (y, None if kv is None else (slot.keys, slot.values)), kept
 
     numbers = jnp.arange(depth, dtype=jnp.int32) if order is None else jnp.asarray(order, jnp.int32)
-    (x, kv), (inputs, weights) = jax.lax.scan(body, (x, kv), (layers if order is None else None, numbers))
+    (x, kv), (inputs, weights, routed) = jax.lax.scan(body, (x, kv), (layers if order is None else None, numbers))
     if cache is not None and kv is not None:
         cache = cache._replace(keys=kv[0], values=kv[1])
-    return Ran(x, cache, inputs, weights)
+    return Ran(x, cache, inputs, weights, routed)

@@ -20,7 +20,8 @@ class Rule:
     """One kind of tensor on disk.
 
     Attributes:
-        name: its name, `{l}` for the layer number, a leading `@` for the prefix of the base model.
+        name: its name, `{l}` for the layer number, `{x}` for that of an expert which has a tensor of its own, a leading `@`
+            for the prefix of the base model.
         leaf: the path of its leaf, or several paths of leaves that lie side by side in it.
         layout: the axes on disk, such as `"(h k) d"`; the leaf's own if None. With several leaves, one layout each.
         along: the axis of the tensor along which several leaves lie side by side.
@@ -50,9 +51,13 @@ class Rule:
     def layouts(self) -> tuple[tuple[str, ...], ...]:
         """Per leaf, the groups of letters of each axis on disk: `"(h k) d"` -> `("hk", "d")`."""
         if self.layout is None:
-            return tuple(_letters(leaf) for leaf in self.leaves)
+            return tuple(self.letters(leaf) for leaf in self.leaves)
         layouts = (self.layout,) if isinstance(self.layout, str) else self.layout
         return tuple(_groups(layout) for layout in layouts)
+
+    def letters(self, leaf: str) -> tuple[str, ...]:
+        """The axes of the part of a leaf that lies in one tensor: without the layer's, and the expert's if it has a number."""
+        return _letters(leaf, "lx" if "{x}" in self.name else "l")
 
     def applies(self, config: Any) -> bool:
         """True if a model with this config has the tensor."""
@@ -69,16 +74,15 @@ def _groups(layout: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _letters(leaf: str) -> tuple[str, ...]:
-    """The leaf's axes without the layer's."""
-    return tuple(letter for letter in schema.axes(leaf) if letter != "l")
+def _letters(leaf: str, numbered: str) -> tuple[str, ...]:
+    return tuple(letter for letter in schema.axes(leaf) if letter not in numbered)
 
 
-def _axis_order(leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
+def _axis_order(rule: Rule, leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
     """The transposition from the disk's letters to the leaf's; letters that repeat are taken in order."""
     disk = list("".join(groups))
     order = []
-    for letter in _letters(leaf):
+    for letter in rule.letters(leaf):
         order.append(disk.index(letter))
         disk[order[-1]] = ""
     return tuple(order)
@@ -88,7 +92,7 @@ def is_same_order(rule: Rule) -> bool:
     """True if the tensor on disk is its leaf but for a reshape."""
     if not isinstance(rule.leaf, str):
         return False
-    order = _axis_order(rule.leaf, rule.layouts[0])
+    order = _axis_order(rule, rule.leaf, rule.layouts[0])
     return order == tuple(range(len(order)))
 
 
@@ -101,7 +105,7 @@ def disk_shape(rule: Rule, size: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def from_disk(rule: Rule, tensor: Any, size: Mapping[str, int]) -> dict[str, Any]:
-    """The leaves of one layer from the tensor on disk; views where the array library makes them.
+    """The leaves of one layer, or their parts of one expert, from the tensor on disk; views where the array library makes them.
 
     Args:
         rule: the tensor's rule.
@@ -121,7 +125,7 @@ def from_disk(rule: Rule, tensor: Any, size: Mapping[str, int]) -> dict[str, Any
             part = tensor[(slice(None),) * axis + (slice(offset, offset + width),)]
             offset += width
         part = part.reshape([size[letter] for group in groups for letter in group])
-        order = _axis_order(leaf, groups)
+        order = _axis_order(rule, leaf, groups)
         leaves[leaf] = part if order == tuple(range(len(order))) else part.transpose(order)
     return leaves
 
@@ -131,13 +135,13 @@ def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., An
 
     Args:
         rule: the tensor's rule.
-        leaves: path (stacked form) -> this layer's leaf.
+        leaves: path (stacked form) -> this layer's leaf, or its part of one expert.
         concatenate: `np.concatenate` or `jnp.concatenate`, called as `concatenate(parts, axis)`.
     """
     parts = []
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         array = leaves[leaf]
-        order = _axis_order(leaf, groups)
+        order = _axis_order(rule, leaf, groups)
         inverse = tuple(order.index(i) for i in range(len(order)))
         array = array if inverse == tuple(range(len(order))) else array.transpose(inverse)
         shape, axis = [], 0
@@ -149,8 +153,8 @@ def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., An
         return parts[0]
     if rule.within is None:
         return concatenate(parts, rule.along)
-    leaf = next(leaf for leaf in rule.leaves if rule.within in _letters(leaf))
-    count = leaves[leaf].shape[_letters(leaf).index(rule.within)]
+    leaf = next(leaf for leaf in rule.leaves if rule.within in rule.letters(leaf))
+    count = leaves[leaf].shape[rule.letters(leaf).index(rule.within)]
     whole = concatenate([_split(part, rule.along, count) for part in parts], rule.along + 1)
     return whole.reshape([*whole.shape[: rule.along], -1, *whole.shape[rule.along + 2 :]])
 
@@ -168,14 +172,26 @@ def _product(sizes: Iterable[int]) -> int:
 
 
 class Place(NamedTuple):
-    """Where a tensor on disk belongs: its rule and its layer (None outside of the layers)."""
+    """Where a tensor on disk belongs: its rule, its layer (None outside of the layers), and its expert if it is of one."""
 
     rule: Rule
     layer: int | None
+    expert: int | None = None
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Letter -> size there."""
         return schema.sizes(config, self.rule.leaves[0], self.layer)
+
+    def leaves(self, *, stacked: bool) -> dict[str, str]:
+        """Stacked path -> path in the tree, for the leaves of the rule."""
+        if stacked or self.layer is None:
+            return {leaf: leaf for leaf in self.rule.leaves}
+        return {leaf: schema.with_layer(leaf, self.layer) for leaf in self.rule.leaves}
+
+    def part(self, leaf: Any, *, stacked: bool) -> Any:
+        """What lies here of a leaf of the tree: its layer, where layers are stacked, and of that its expert."""
+        index = tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+        return leaf[index] if index else leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,11 +295,13 @@ class Weights:
         places: dict[str, Place] = {}
         for rule in rules:
             name = rule.name.replace("@", self.base_prefix(config.task))
-            if "{l}" in name:
-                depth = schema.sizes(config, rule.leaves[0])["l"]
-                places.update({name.replace("{l}", str(i)): Place(rule, i) for i in range(depth)})
-            else:
+            if "{l}" not in name:
                 places[name] = Place(rule, None)
+                continue
+            experts = range(schema.sizes(config)["x"]) if "{x}" in name else [None]
+            for i in schema.layers_of(rule.leaves[0], config):
+                at = name.replace("{l}", str(i))
+                places.update({at.replace("{x}", str(j)): Place(rule, i, j) for j in experts})
         return places
 
     def spellings(self, name: str, config: Any) -> list[str]:
@@ -300,10 +318,3 @@ class Weights:
     def is_ignored(self, name: str) -> bool:
         """True for the buffers that old checkpoints carry and nothing reads."""
         return any(re.search(pattern, name) for pattern in self.ignored)
-
-
-def layer_leaves(rule: Rule, layer: int | None) -> dict[str, str]:
-    """Stacked path -> path in an unstacked tree, for the leaves of a rule in a layer."""
-    if layer is None:
-        return {leaf: leaf for leaf in rule.leaves}
-    return {leaf: schema.with_layer(leaf, layer) for leaf in rule.leaves}

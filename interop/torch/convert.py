@@ -74,7 +74,7 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
         config: the config of the model.
 
     Returns:
-        A stacked tree (a tuple of layers where `config.pruned_heads` makes them differ), each leaf in its tensor's dtype.
+        A stacked tree (a tuple of layers where the config makes them differ), each leaf in its tensor's dtype.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (all listed); a tied head that differs from the
