@@ -50,8 +50,13 @@ GEMMA2 = LLAMA | {"sliding_window": 3, "query_pre_attn_scalar": 7}
 GRANITE = LLAMA | {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7,
 }  # fmt: skip
+MODERNBERT = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "local_attention": 5, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
+LOCAL = ["sliding_attention"] * 2 + ["full_attention"] * 2
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
 NESTED = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
@@ -287,6 +292,25 @@ CASES = (
     Case("roformer/token-classification", "RoFormerForTokenClassification", ROFORMER | {"embedding_size": 14} | THREE),
     Case("roformer/question-answering", "RoFormerForQuestionAnswering", ROFORMER | {"embedding_size": 14}),
     Case("roformer/multiple-choice", "RoFormerForMultipleChoice", ROFORMER | {"embedding_size": 14}, token_types=3),
+    Case("modernbert/base", "ModernBertModel", MODERNBERT | {"norm_bias": True, "global_attn_every_n_layers": 2}),
+    Case("modernbert/masked-lm", "ModernBertForMaskedLM", MODERNBERT),
+    Case(
+        "modernbert/masked-lm/untied-biases", "ModernBertForMaskedLM",
+        MODERNBERT | {
+            "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True,
+            "classifier_activation": "silu", "hidden_activation": "relu", "rope_parameters": NESTED,
+        },
+    ),
+    Case("modernbert/masked-lm/no-bias", "ModernBertForMaskedLM", MODERNBERT | {"decoder_bias": False, "layer_types": LOCAL}),
+    Case("modernbert/sequence-classification", "ModernBertForSequenceClassification", MODERNBERT | THREE),
+    Case(
+        "modernbert/sequence-classification/mean", "ModernBertForSequenceClassification",
+        MODERNBERT | THREE | {"classifier_pooling": "mean"},
+    ),
+    Case("modernbert/token-classification", "ModernBertForTokenClassification", MODERNBERT | THREE),
+    Case("modernbert/question-answering", "ModernBertForQuestionAnswering", MODERNBERT | {"local_attention": 2}),
+    Case("modernbert/multiple-choice", "ModernBertForMultipleChoice", MODERNBERT | {"classifier_pooling": "cls"}),
+    Case("modernbert/multiple-choice/mean", "ModernBertForMultipleChoice", MODERNBERT | {"classifier_pooling": "mean"}),
     Case("t5/base", "T5Model", T5 | {"feed_forward_proj": "gelu_new"}),
     Case("t5/seq2seq-lm", "T5ForConditionalGeneration", T5),
     Case("t5/seq2seq-lm/unscaled", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}),

@@ -331,6 +331,12 @@ MUTATIONS = {
     "padding counts": ("roberta/base", {"pad_token_id": 2}, None),
     "other order": ("albert/base", {"num_layers": 5}, None),
     "no distances": ("mpnet/base", {}, "embed.distances"),
+    "wider reach": ("modernbert/masked-lm", {"local_attention": 6}, None),
+    "narrower reach": ("modernbert/masked-lm", {"local_attention": 3}, None),
+    "reach in other layers": ("modernbert/base", {"period": 3}, None),
+    "one rotary base in an encoder": ("modernbert/masked-lm", {"local_rope": positions.Rope(theta=160000.0)}, None),
+    "wrong eps modernbert": ("modernbert/masked-lm", {"norm_eps": 1e-3}, None),
+    "first token": ("modernbert/sequence-classification/mean", {"pooling_of_head": "cls"}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 

@@ -59,6 +59,9 @@ PUBLISHED = {
     "albert-xxlarge-v2": ("AlbertForMaskedLM", 206_368_944, {}),
     "electra-small": ("ElectraForPreTraining", 13_549_057, {}),
     "all-mpnet-base-v2": ("MPNetModel", 109_486_464, {"max_position_embeddings": 514}),
+    "ModernBERT-large": ("ModernBertForMaskedLM", 395_881_664, {
+        "hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16,
+    }),
     "distilbert-base": ("DistilBertForMaskedLM", 66_985_530, {}),
 }  # fmt: skip
 """Name -> transformers' class, numbers of the model (a tied head once), config."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
     from fmodels.models import mistral as mistral
+    from fmodels.models import modernbert as modernbert
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
     from fmodels.models import olmo2 as olmo2
@@ -85,6 +86,7 @@ FILES: dict[str, str] = {
     "granite": "granite",
     "llama": "llama",
     "mistral": "mistral",
+    "modernbert": "modernbert",
     "mpnet": "mpnet",
     "mt5": "mt5",
     "olmo2": "olmo2",

@@ -56,6 +56,7 @@ def attend(
     causal: bool,
     window: int | None = None,
     slots: int | None = None,
+    reach: int | None = None,
 ) -> Attend:
     """Who sees whom.
 
@@ -65,9 +66,13 @@ def attend(
         causal: whether a token of this call sees only those of this call at its own place and before it.
         window: how many tokens a token of a causal model sees at most, itself included; only real tokens count.
         slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
+        reach: how many columns away a token of an encoder sees others, before it and behind it.
     """
     t = present.shape[1]
     new = jnp.broadcast_to(present[:, None, :], (present.shape[0], t, t))
+    if reach is not None:
+        places = jnp.arange(t, dtype=jnp.int32)
+        new = new & (jnp.abs(places[:, None] - places[None]) <= reach)[None]
     if causal:
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]

@@ -28,6 +28,7 @@ class Rule:
         when: a config field that must be truthy for it to exist; `!field` for falsy.
         optional: it may be absent, and then so is the leaf.
         buffer: PyTorch's module has it as a buffer, which is saved but not trained.
+        first: its name in the first layer, where that is another.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rule:
     when: str | None = None
     optional: bool = False
     buffer: bool = False
+    first: str | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -238,10 +240,13 @@ class Weights:
     def _places(self, rules: Iterable[Rule], config: Any) -> dict[str, Place]:
         places: dict[str, Place] = {}
         for rule in rules:
-            name = rule.name.replace("@", self.base_prefix(config.task))
+            prefix = self.base_prefix(config.task)
+            name = rule.name.replace("@", prefix)
             if "{l}" in name:
                 depth = schema.sizes(config, rule.leaves[0])["l"]
-                places.update({name.replace("{l}", str(i)): Place(rule, i) for i in range(depth)})
+                names = [name.replace("{l}", str(i)) for i in range(depth)]
+                names[:1] = names[:1] if rule.first is None else [rule.first.replace("@", prefix)]
+                places.update({one: Place(rule, i) for i, one in enumerate(names)})
             else:
                 places[name] = Place(rule, None)
         return places
