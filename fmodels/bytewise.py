@@ -60,7 +60,7 @@ def canonical_names(names: Sequence[str], config: Config) -> dict[str, Name]:
         repeat transformer.wte.weight
         buffer h.0.attn.bias
     """
-    weights = family(config).weights
+    weights = family(config).weights.of_names(names, config)
     places, others = weights.places(config), weights.places_of_other_tasks(config)
     repeats = weights.repeats(config, every=True)
     home = {path: name for name, place in places.items() if place.layer is None for path in place.rule.leaves}

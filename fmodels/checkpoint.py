@@ -144,7 +144,7 @@ def load(
     params = _read(planned, tensors, config, dtype, stacked, sharding)
     if planned.missing:
         params = _with_new_head(params, planned, config, key, dtype)
-    return params, config
+    return params, dataclasses.replace(config, module_names=True) if planned.module else config
 
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -375,8 +375,10 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
+    weights = family(config).weights
+    weights = weights.of_module if config.module_names else weights
     tensors: dict[str, Tensor] = {}
-    for name, ((rule, layer), source) in family(config).weights.sources(config, flat.__contains__).items():
+    for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
         index = layer if stacked else None
 

@@ -32,11 +32,13 @@ class Plan:
         tensors: name in the file -> its place.
         missing: places that no tensor fills, by name; only those that a new head may fill.
         tied: (name in the file, path of the leaf that it repeats).
+        module: whether the names are those of PyTorch's module, and not those that transformers saves.
     """
 
     tensors: dict[str, Place]
     missing: dict[str, Place]
     tied: list[tuple[str, str]]
+    module: bool
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: bool = False, what: str = "load") -> Plan:
@@ -51,7 +53,8 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
     Raises:
         ValueError: tensors are missing, unexpected, there twice, or of another shape; all are listed.
     """
-    weights = family(config).weights
+    own = family(config).weights
+    weights = own.of_names(shapes, config)
     places, others = weights.places(config), weights.places_of_other_tasks(config)
     repeats = weights.repeats(config, every=True)
     found: dict[str, str] = {}
@@ -107,7 +110,9 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
             config.task,
             ", ".join(dropped),
         )
-    return Plan({found[n]: places[n] for n in places if n in found}, missing if new_head else {}, tied)
+    return Plan(
+        {found[n]: places[n] for n in places if n in found}, missing if new_head else {}, tied, weights is not own
+    )
 
 
 def _more(problems: list[str]) -> str:
@@ -115,7 +120,7 @@ def _more(problems: list[str]) -> str:
 
 
 def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stacked") -> Params:
-    """The tree from tensors by their names on disk (PyTorch's `state_dict` names).
+    """The tree from tensors by their names on disk, or by those of PyTorch's `state_dict`.
 
     Args:
         tensors: name -> array; repeated tensors of a tied head are accepted.
@@ -152,13 +157,14 @@ def check_layers(layers: str) -> bool:
     return layers == "stacked"
 
 
-def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, Any]:
+def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool = False) -> dict[str, Any]:
     """The tensors by their names on disk, in the layout of PyTorch; views where the array library makes them.
 
     Args:
         params: the tree, stacked or a tuple of layers.
         config: the config.
         tied: also give the tensors that a tied head repeats, as PyTorch's `state_dict` does.
+        module: give those of the `state_dict`, where transformers saves others.
 
     Raises:
         ValueError: the tree does not fit the config.
@@ -166,6 +172,7 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
     weights = family(config).weights
+    weights = weights.of_module if module or config.module_names else weights
     tensors: dict[str, Any] = {}
     for name, ((rule, layer), source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or layer is None else rules.layer_leaves(rule, layer)
@@ -181,12 +188,13 @@ def to_disk(params: Params, config: Config, *, tied: bool = False) -> dict[str, 
     return tensors
 
 
-def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ...]]:
+def disk_names(config: Config, *, tied: bool = False, module: bool = False) -> dict[str, tuple[str, ...]]:
     """Name on disk -> the paths (unstacked form) of the leaves that lie in it, side by side if there are several.
 
     Args:
         config: the config.
         tied: also the names that a tied head repeats, as in `to_disk`; their leaf has an earlier name, too.
+        module: those of PyTorch's `state_dict`, as in `to_disk`.
 
     Example:
         >>> import fmodels as fm
@@ -195,6 +203,7 @@ def disk_names(config: Config, *, tied: bool = False) -> dict[str, tuple[str, ..
         (('layers.0.attention_norm.scale',), ('embed.tokens',), ('embed.tokens',))
     """
     weights = family(config).weights
+    weights = weights.of_module if module or config.module_names else weights
     names = {
         name: tuple(rules.layer_leaves(rule, layer).values()) for name, (rule, layer) in weights.places(config).items()
     }

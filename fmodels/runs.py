@@ -106,8 +106,12 @@ def run_jax(params: Params, config: Config, given: Given, *, gradients: bool) ->
 
     if gradients:
         found, out = jax.jit(jax.grad(loss, has_aux=True))(params)
-        buffers = family(config).weights.buffers(config)  # which PyTorch does not train
-        named = {name: np.asarray(value) for name, value in to_disk(found, config).items() if name not in buffers}
+        buffers = family(config).weights.of_module.buffers(config)  # which PyTorch does not train
+        named = {
+            name: np.asarray(value)
+            for name, value in to_disk(found, config, module=True).items()
+            if name not in buffers
+        }
     else:
         out, named = run(params), {}
     return Result({f: np.asarray(getattr(out, f)) for f in FIELDS if getattr(out, f) is not None}, named)

@@ -133,7 +133,7 @@ def from_tensorflow(tensors_or_module: Any, config: Any) -> fm.Params:
 
 def _check_repeated(config: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Raises if a tensor that came as the repetition of another is none: it would get lost."""
-    places = fm.disk_names(config, tied=True)
+    places = fm.disk_names(config, tied=True, module=True)
     first: dict[tuple[str, ...], str] = {}
     for name, leaves in places.items():
         first.setdefault(leaves, name)
@@ -184,7 +184,7 @@ class TFModel(tf.Module):
     def _assign(self, params: fm.Params, config: Any) -> None:
         """Takes over weights; variables whose shape stays keep their identity, and with it their optimizer's state."""
         variables = {}
-        buffers = fm.models.family(config).weights.buffers(config)  # which PyTorch does not train
+        buffers = fm.models.family(config).weights.of_module.buffers(config)  # which PyTorch does not train
         for name, array in _disk_arrays(params, config, "TFModel").items():
             old = self.named_variables.get(name)
             if old is not None and tuple(old.shape) == array.shape and old.dtype == tf.as_dtype(array.dtype):
@@ -223,14 +223,14 @@ class TFModel(tf.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts numbers, a tied head once; `exclude_embeddings` leaves out the tables under `embed`."""
-        names = fm.disk_names(self.config).items() if exclude_embeddings else ()
+        names = fm.disk_names(self.config, module=True).items() if exclude_embeddings else ()
         left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
         counted = [v for n, v in self.named_variables.items() if n not in left_out]
         return sum(int(tf.size(v)) for v in counted if v.trainable or not only_trainable)
 
     def get_input_embeddings(self) -> tf.Variable:
         """The table of the tokens."""
-        names = fm.disk_names(self.config).items()
+        names = fm.disk_names(self.config, module=True).items()
         return self.named_variables[next(name for name, leaves in names if leaves == ("embed.tokens",))]
 
     def __call__(
@@ -485,7 +485,7 @@ def _disk_arrays(params: fm.Params, config: Any, what: str, *, tied: bool = Fals
         raise ValueError(f"{what}: {len(strange)} leaves are not plain arrays: {kinds}; dequantize or merge them first")
     fm.check(params, config)
     host = fm.tree.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
-    return fm.to_disk(host, config, tied=tied)
+    return fm.to_disk(host, config, tied=tied, module=True)
 
 
 class _Writable:

@@ -56,7 +56,9 @@ def to_transformers(
     if not any(name.startswith("pooler.") for name in tensors) and getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's base model may come without one
     model.load_state_dict(tensors, assign=True)
-    for name in fm.disk_names(config):  # what has weights of its own stays so, whatever transformers' class says (T5)
+    for name in fm.disk_names(
+        config, module=True
+    ):  # what has weights of its own stays so, whatever the class says (T5)
         model.all_tied_weights_keys.pop(name, None)
     model.tie_weights(recompute_mapping=False)
     if config.generation is not None and model.can_generate():
@@ -95,10 +97,9 @@ def from_transformers(model: transformers.PreTrainedModel) -> tuple[fm.Params, A
         options = {name: value for name, value in model.generation_config.to_diff_dict().items() if value is not None}
         config = dataclasses.replace(config, generation=fm.GenerationConfig.from_hf(options))
     state = model.state_dict()
-    home = {leaves: name for name, leaves in fm.disk_names(config).items()}
-    repeats = {
-        name: home[leaves] for name, leaves in fm.disk_names(config, tied=True).items() if name not in home.values()
-    }
+    home = {leaves: name for name, leaves in fm.disk_names(config, module=True).items()}
+    every = fm.disk_names(config, tied=True, module=True)
+    repeats = {name: home[leaves] for name, leaves in every.items() if name not in home.values()}
     if any(not torch.equal(state[name], state[own]) for name, own in repeats.items() if {name, own} <= state.keys()):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return from_torch(state, config), config

@@ -54,6 +54,7 @@ MODERNBERT = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3,
     "local_attention": 5, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
 }  # fmt: skip
+NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LOCAL = ["sliding_attention"] * 2 + ["full_attention"] * 2
@@ -64,7 +65,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm gptj""".split()
+    stablelm gptj gpt_neox""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -284,6 +285,18 @@ CASES = (
     Case("gptj/causal-lm", "GPTJForCausalLM", GPTJ | {"n_inner": None}),
     Case("gptj/sequence-classification", "GPTJForSequenceClassification", GPTJ | THREE),
     Case("gptj/question-answering", "GPTJForQuestionAnswering", GPTJ),
+    Case("gpt_neox/base", "GPTNeoXModel", NEOX | {"hidden_size": 32, "use_parallel_residual": False}),
+    Case("gpt_neox/causal-lm", "GPTNeoXForCausalLM", NEOX | {"hidden_size": 32}),
+    Case(
+        "gpt_neox/causal-lm/tied", "GPTNeoXForCausalLM",
+        NEOX | {
+            "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_new",
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    Case("gpt_neox/sequence-classification", "GPTNeoXForSequenceClassification", NEOX | {"hidden_size": 32} | THREE),
+    Case("gpt_neox/token-classification", "GPTNeoXForTokenClassification", NEOX | {"hidden_size": 32} | THREE),
+    Case("gpt_neox/question-answering", "GPTNeoXForQuestionAnswering", NEOX | {"hidden_size": 32}),
     Case("roformer/base", "RoFormerModel", ROFORMER | {"embedding_size": 14}, token_types=3),
     Case("roformer/masked-lm", "RoFormerForMaskedLM", ROFORMER, token_types=3),
     Case("roformer/masked-lm/untied", "RoFormerForMaskedLM", ROFORMER | {"embedding_size": 14} | {"tie_word_embeddings": False}),

@@ -195,7 +195,7 @@ def test_gradients(loaded):
         return sum((getattr(out, n) * weights[n]).sum() for n in names)
 
     gradient = jax.jit(jax.grad(functional))(loaded.params)
-    ours = fm.to_disk(jax.tree.map(np.asarray, gradient), loaded.config)
+    ours = fm.to_disk(jax.tree.map(np.asarray, gradient), loaded.config, module=True)
     want, spellings = {}, {}
     for name, p in model.named_parameters(remove_duplicate=False):
         spellings.setdefault(p, []).append(name)
@@ -229,7 +229,7 @@ def test_init_like_transformers(case, name):
     fm.check(params, loaded.config)
     again = type(loaded.model)(loaded.model.config, **loaded.case.options)
     theirs = {name: p.detach().numpy() for name, p in again.named_parameters()}
-    for name, ours in fm.to_disk(params, loaded.config).items():
+    for name, ours in fm.to_disk(params, loaded.config, module=True).items():
         if name in theirs and theirs[name].size >= 100:
             assert np.std(ours) == pytest.approx(np.std(theirs[name]), rel=0.3, abs=1e-6), name
             near = max(0.1, 0.2 * float(np.std(ours)))
@@ -326,6 +326,8 @@ MUTATIONS = {
     "serial": ("stablelm/causal-lm", {"parallel": False}, None),
     "positions everywhere": ("smollm3/causal-lm", {"no_rope_layers": (1, 1, 1)}, None),
     "no bias of head": ("phi/causal-lm", {}, "lm_head.bias"),
+    "serial gpt_neox": ("gpt_neox/causal-lm", {"parallel": False}, None),
+    "rotates all gpt_neox": ("gpt_neox/base", {"rope": positions.Rope()}, None),
     "wrong eps phi": ("phi/base", {"norm_eps": 1e-3}, None),
     "long factors": ("phi3/causal-lm/long", {"rope": positions.Rope(theta=100.0)}, None),
     "padding counts": ("roberta/base", {"pad_token_id": 2}, None),

@@ -315,7 +315,7 @@ def test_state_dicts(loaded):
     theirs = {name: tensor.numpy() for name, tensor in loaded.model.state_dict().items()}
     params = fm.from_disk(theirs, loaded.config)
     chex.assert_trees_all_equal(params, loaded.params)
-    back = fm.to_disk(params, loaded.config, tied=True)
+    back = fm.to_disk(params, loaded.config, tied=True, module=True)
     assert back.keys() == theirs.keys()
     assert all(np.array_equal(back[name], theirs[name]) for name in theirs)
 

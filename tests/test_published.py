@@ -52,6 +52,7 @@ PUBLISHED = {
     }),
     "stablelm-3b": ("StableLmForCausalLM", 2_795_443_200, {}),
     "gpt-j-6b": ("GPTJForCausalLM", 6_050_882_784, {}),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", 20_554_567_680, {}),
     "xlm-roberta-large": ("XLMRobertaForMaskedLM", 560_142_482, {
         "vocab_size": 250002, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "max_position_embeddings": 514, "type_vocab_size": 1,
@@ -78,9 +79,9 @@ def test_names_and_shapes(name):
     assert sum(p.numel() for p in model.parameters()) == count
     params = fm.abstract(config, dtype="bfloat16")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count == fm.num_parameters(params)
-    places = family(config).weights.places(config)
+    places = family(config).weights.of_module.places(config)
     shapes = {disk: rules.disk_shape(place.rule, place.sizes(config)) for disk, place in places.items()}
-    repeats = family(config).weights.repeats(config)
+    repeats = family(config).weights.of_module.repeats(config)
     theirs = {disk: tuple(tensor.shape) for disk, tensor in model.state_dict().items() if disk not in repeats}
     assert {disk: shape for disk, shape in shapes.items() if disk in theirs} == theirs
     assert [disk for disk in shapes.keys() - theirs.keys() if not places[disk].rule.optional] == []

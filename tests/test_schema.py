@@ -15,9 +15,14 @@ from fmodels import schema, tree
 from fmodels.models import FAMILIES, _template
 
 
+def every_rule(family):
+    """Of the files and, where it has others, of PyTorch's module."""
+    return {*family.weights.rules, *family.weights.of_module.rules}
+
+
 def test_table_is_complete_and_small():
     """Every leaf of every family is in it, nothing else is, and every letter has its line in the legend."""
-    rules = [rule for family in [*FAMILIES.values(), _template.FAMILY] for rule in family.weights.rules]
+    rules = [rule for family in [*FAMILIES.values(), _template.FAMILY] for rule in every_rule(family)]
     leaves = {schema.line(leaf) for rule in rules for leaf in rule.leaves}
     assert leaves == set(schema.AXES)
     assert {letter for axes in schema.AXES.values() for letter in axes.split()} <= set(schema.LETTERS)
@@ -30,7 +35,7 @@ def test_table_is_complete_and_small():
 @pytest.mark.parametrize("family", [*FAMILIES.values(), _template.FAMILY], ids=lambda f: f.config.model_type)
 def test_disk_layouts_use_the_letters_of_the_table(family):
     """Each layout names each axis of its leaf once, so that the map can be inverted."""
-    for rule in family.weights.rules:
+    for rule in every_rule(family):
         for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
             assert sorted("".join(groups)) == sorted(letter for letter in schema.axes(leaf) if letter != "l"), rule.name
 

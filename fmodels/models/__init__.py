@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fmodels.models import gemma2 as gemma2
     from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
+    from fmodels.models import gpt_neox as gpt_neox
     from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
     from fmodels.models import llama as llama
@@ -82,6 +83,7 @@ FILES: dict[str, str] = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "granite": "granite",
     "llama": "llama",

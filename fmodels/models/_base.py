@@ -76,6 +76,7 @@ class Config:
         generation: the checkpoint's `GenerationConfig`, or None.
         pooling: how a sentence-transformers folder pools hidden states into a vector (`"mean"`, `"cls"`, …), or None.
         normalize: whether that vector is scaled to length 1, or None.
+        module_names: whether its files have the tensors of PyTorch's module where transformers saves others.
     """
 
     task: str = "base"
@@ -101,6 +102,7 @@ class Config:
     generation: Any = dataclasses.field(default=None, compare=False, repr=False)
     pooling: str | None = dataclasses.field(default=None, compare=False)
     normalize: bool | None = dataclasses.field(default=None, compare=False)
+    module_names: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     model_type: ClassVar[str]
     HF: ClassVar[Mapping[str, str]]

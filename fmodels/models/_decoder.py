@@ -230,6 +230,9 @@ LAYOUTS: Mapping[str, tuple[str, str | None]] = {
 }
 """How leaves lie on disk that do not lie as they are: weight and bias."""
 
+JOINED = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
+"""The leaves that several families have side by side in one tensor."""
+
 BIASES = {
     "layers.attention.query": "attention_bias",
     "layers.attention.key": "attention_bias",
@@ -265,6 +268,9 @@ def renamed(names: Mapping[str, str | None]) -> dict[str, str]:
 def weights(
     names: Mapping[str, str | tuple[str, ...]] = NAMES,
     *extra: Rule,
+    head: str = "lm_head",
+    token_classifier: str = "score",
+    within: str | None = None,
     prefix: str = "model",
     question_answering: str = "transformer",
     norm_bias: bool = False,
@@ -274,9 +280,11 @@ def weights(
     """The layout map of a decoder.
 
     Args:
-        names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side
-            and have no biases.
+        names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side.
         extra: more rules.
+        head: name of the language model's head.
+        token_classifier: name of the head that classifies tokens.
+        within: of the rules of several leaves.
         prefix: of the base model.
         question_answering: the base model's prefix in models for question answering.
         norm_bias: whether norms have biases.
@@ -286,8 +294,10 @@ def weights(
     rules: list[Rule] = []
     for name, leaf in names.items():
         if isinstance(leaf, tuple):
-            layouts = tuple(LAYOUTS[one][0] for one in leaf if one in LAYOUTS)
-            rules.append(Rule(f"@{name}.weight", tuple(f"{one}.weight" for one in leaf), layouts or None))
+            weight, bias = (tuple(LAYOUTS[one][i] or "" for one in leaf if one in LAYOUTS) or None for i in (0, 1))
+            rules.append(Rule(f"@{name}.weight", tuple(f"{one}.weight" for one in leaf), weight, within=within))
+            there = BIASES[leaf[0]]
+            rules.append(Rule(f"@{name}.bias", tuple(f"{one}.bias" for one in leaf), bias, within=within, when=there))
             continue
         kind = "scale" if leaf.endswith(("norm", "norms")) else "weight"
         weight, bias = LAYOUTS.get(leaf, (None, None))
@@ -299,16 +309,17 @@ def weights(
         elif kind == "scale" and norm_bias:
             rules.append(Rule(f"@{name}.bias", f"{leaf}.bias", bias, when=there))
     heads = (
-        Rule("lm_head.weight", "lm_head.weight", tasks=("causal-lm",), when="untied"),
-        Rule("lm_head.bias", "lm_head.bias", tasks=("causal-lm",), when="head_bias"),
-        Rule("score.weight", "classifier.weight", tasks=("sequence-classification", "token-classification")),
-        Rule("score.bias", "classifier.bias", tasks=("token-classification",)),
+        Rule(f"{head}.weight", "lm_head.weight", tasks=("causal-lm",), when="untied"),
+        Rule(f"{head}.bias", "lm_head.bias", tasks=("causal-lm",), when="head_bias"),
+        Rule("score.weight", "classifier.weight", tasks=("sequence-classification",)),
+        Rule(f"{token_classifier}.weight", "classifier.weight", tasks=("token-classification",)),
+        Rule(f"{token_classifier}.bias", "classifier.bias", tasks=("token-classification",)),
         Rule("qa_outputs.weight", "classifier.weight", tasks=("question-answering",)),
         Rule("qa_outputs.bias", "classifier.bias", tasks=("question-answering",)),
     )
     return Weights(
         prefix={"": prefix, "question-answering": question_answering},
-        tied={"lm_head.weight": "embed.tokens"},
+        tied={f"{head}.weight": "embed.tokens"},
         ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
     )

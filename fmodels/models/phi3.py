@@ -53,7 +53,7 @@ WEIGHTS = _decoder.weights(
     {
         "embed_tokens": "embed.tokens",
         "layers.{l}.self_attn.o_proj": "layers.attention.output",
-        "layers.{l}.self_attn.qkv_proj": ("layers.attention.query", "layers.attention.key", "layers.attention.value"),
+        "layers.{l}.self_attn.qkv_proj": _decoder.JOINED,
         "layers.{l}.mlp.gate_up_proj": ("layers.mlp.gate", "layers.mlp.up"),
         "layers.{l}.mlp.down_proj": "layers.mlp.down",
         "layers.{l}.input_layernorm": "layers.attention_norm",

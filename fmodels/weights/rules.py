@@ -24,6 +24,8 @@ class Rule:
         leaf: the path of its leaf, or several paths of leaves that lie side by side in it.
         layout: the axes on disk, such as `"(h k) d"`; the leaf's own if None. With several leaves, one layout each.
         along: the axis of the tensor along which several leaves lie side by side.
+        within: a letter of that axis: they lie side by side within each of its places, as `g` where the rows of a key-value
+            head are those of its queries, its key and its value.
         tasks: the tasks whose models have it; all if None.
         when: a config field that must be truthy for it to exist; `!field` for falsy.
         optional: it may be absent, and then so is the leaf.
@@ -35,6 +37,7 @@ class Rule:
     leaf: str | tuple[str, ...]
     layout: str | tuple[str, ...] | None = None
     along: int = 0
+    within: str | None = None
     tasks: tuple[str, ...] | None = None
     when: str | None = None
     optional: bool = False
@@ -108,12 +111,16 @@ def from_disk(rule: Rule, tensor: Any, size: Mapping[str, int]) -> dict[str, Any
         size: letter -> size, to split grouped axes.
     """
     leaves: dict[str, Any] = {}
-    offset = 0
+    offset, axis = 0, rule.along
+    if rule.within is not None:
+        tensor = _split(tensor, axis, size[rule.within])
+        axis += 1
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         part = tensor
         if len(rule.leaves) > 1:
             width = _product(size[letter] for letter in groups[rule.along])
-            part = tensor[(slice(None),) * rule.along + (slice(offset, offset + width),)]
+            width = width if rule.within is None else width // size[rule.within]
+            part = tensor[(slice(None),) * axis + (slice(offset, offset + width),)]
             offset += width
         part = part.reshape([size[letter] for group in groups for letter in group])
         order = _axis_order(leaf, groups)
@@ -140,7 +147,19 @@ def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., An
             shape.append(_product(array.shape[axis : axis + len(group)]))
             axis += len(group)
         parts.append(array.reshape(shape))
-    return parts[0] if len(parts) == 1 else concatenate(parts, rule.along)
+    if len(parts) == 1:
+        return parts[0]
+    if rule.within is None:
+        return concatenate(parts, rule.along)
+    leaf = next(leaf for leaf in rule.leaves if rule.within in _letters(leaf))
+    count = leaves[leaf].shape[_letters(leaf).index(rule.within)]
+    whole = concatenate([_split(part, rule.along, count) for part in parts], rule.along + 1)
+    return whole.reshape([*whole.shape[: rule.along], -1, *whole.shape[rule.along + 2 :]])
+
+
+def _split(array: Any, axis: int, count: int) -> Any:
+    """The array with an axis split in two, the first of `count` places."""
+    return array.reshape([*array.shape[:axis], count, array.shape[axis] // count, *array.shape[axis + 1 :]])
 
 
 def _product(sizes: Iterable[int]) -> int:
@@ -176,6 +195,8 @@ class Weights:
         ignored: regular expressions of names of buffers that the computation does not read.
         fallbacks: name -> the name that is read in its place when it is absent.
         stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
+        module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
+            either form are read.
     """
 
     rules: tuple[Rule, ...]
@@ -186,6 +207,25 @@ class Weights:
     ignored: tuple[str, ...] = ()
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    module: Weights | None = None
+
+    @property
+    def of_module(self) -> Weights:
+        """The map of PyTorch's module."""
+        return self if self.module is None else self.module
+
+    def of_names(self, names: Iterable[str], config: Any) -> Weights:
+        """The map, of the files' and the module's, that knows more of the names of a file."""
+        if self.module is None:
+            return self
+        names = list(names)
+
+        def known(weights: Weights) -> int:
+            all_names = {**weights.places(config), **weights.places_of_other_tasks(config)}.keys()
+            all_names |= weights.repeats(config, every=True).keys()
+            return sum(any(s in all_names for s in weights.spellings(name, config)) for name in names)
+
+        return max(self, self.module, key=known)
 
     def base_prefix(self, task: str) -> str:
         """What `@` stands for: the prefix with its dot, or nothing for a base model saved by itself."""

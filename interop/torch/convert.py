@@ -45,7 +45,7 @@ def to_torch(params: fm.Params, config: Any) -> dict[str, Tensor]:
         True
     """
     fm.check(params, config)
-    arrays = fm.to_disk(fm.tree.map_leaves(on_host, params), config, tied=True)
+    arrays = fm.to_disk(fm.tree.map_leaves(on_host, params), config, tied=True, module=True)
     shared: dict[Any, Tensor] = {}
     for array in arrays.values():
         shared.setdefault(memory(array), from_numpy(array))
@@ -62,7 +62,7 @@ def copied_tensors(config: Any) -> list[str]:
         >>> it.copied_tensors(fm.models.llama.Config())
         []
     """
-    return [name for name, leaves in fm.disk_names(config).items() if len(leaves) > 1]
+    return [name for name, leaves in fm.disk_names(config, module=True).items() if len(leaves) > 1]
 
 
 def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Params:
@@ -137,7 +137,7 @@ def _in_module_order(names: Iterable[str]) -> list[str]:
 def _check_tied(arrays: Mapping[str, np.ndarray], config: Any) -> None:
     """Raises where a repetition, which is not read, differs from what it should repeat."""
     first: dict[tuple[str, ...], str] = {}
-    for name, leaves in fm.disk_names(config, tied=True).items():
+    for name, leaves in fm.disk_names(config, tied=True, module=True).items():
         known = first.setdefault(leaves, name)
         if name == known or name not in arrays or known not in arrays:
             continue

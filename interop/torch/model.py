@@ -92,7 +92,7 @@ class TorchModel(nn.Module):
         self.config = config
         own: dict[int, Tensor] = {}
         tensors = to_torch(params, config)
-        buffers = fm.models.family(config).weights.buffers(config)
+        buffers = fm.models.family(config).weights.of_module.buffers(config)
         for name, tensor in tensors.items():
             if id(tensor) not in own:
                 own[id(tensor)] = tensor.clone() if name in buffers else _parameter(tensor)
@@ -265,12 +265,14 @@ class TorchModel(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """The module whose `.weight` is the table of the tokens."""
-        name = next(name for name, leaves in fm.disk_names(self.config).items() if leaves == ("embed.tokens",))
+        name = next(
+            name for name, leaves in fm.disk_names(self.config, module=True).items() if leaves == ("embed.tokens",)
+        )
         return self.get_submodule(name.rpartition(".")[0])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
-        names = fm.disk_names(self.config).items() if exclude_embeddings else ()
+        names = fm.disk_names(self.config, module=True).items() if exclude_embeddings else ()
         left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
         return sum(
             p.numel()
@@ -331,7 +333,7 @@ class TorchModel(nn.Module):
 @functools.lru_cache(maxsize=64)
 def _repeated(config: Any) -> frozenset[str]:
     """The names that a tied head repeats."""
-    return frozenset(fm.disk_names(config, tied=True)) - frozenset(fm.disk_names(config))
+    return frozenset(fm.disk_names(config, tied=True, module=True)) - frozenset(fm.disk_names(config, module=True))
 
 
 def _register(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:

@@ -130,7 +130,7 @@ def test_round_trips_are_exact(case, name, dtype):
     params = fm.tree.map_leaves(lambda _, leaf: jax.device_put(np.asarray(leaf).astype(dtype)), loaded.params)
     tensors = to_tensorflow(params, loaded.config)
     assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
-    assert set(tensors) == set(fm.to_disk(params, loaded.config, tied=True))
+    assert set(tensors) == set(fm.to_disk(params, loaded.config, tied=True, module=True))
     assert bits(from_tensorflow(tensors, loaded.config)) == bits(params)
     if dtype == "bfloat16":
         tensors = to_tensorflow(fm.unstack_layers(params), loaded.config)

@@ -79,7 +79,7 @@ def test_like_transformers(folder, size):
     )
     fm.check(ours, new)
     assert new.vocab_size == model.config.vocab_size
-    before, after = fm.to_disk(params, config, tied=True), fm.to_disk(ours, new, tied=True)
+    before, after = (fm.to_disk(p, c, tied=True, module=True) for p, c in ((params, config), (ours, new)))
     theirs = tensors(model)
     kept = min(config.vocab_size, new.vocab_size)
     if not config.tie_word_embeddings:  # transformers makes BERT's unused second bias the first one here
