@@ -335,10 +335,14 @@ MUTATIONS = {
     "no distances": ("mpnet/base", {}, "embed.distances"),
     "wider reach": ("modernbert/masked-lm", {"local_attention": 6}, None),
     "narrower reach": ("modernbert/masked-lm", {"local_attention": 3}, None),
-    "reach in other layers": ("modernbert/base", {"period": 3}, None),
+    "reach in other layers": (
+        "modernbert/base",
+        {"layer_types": ("full_attention",) * 2 + ("sliding_attention",) * 2},
+        None,
+    ),
     "one rotary base in an encoder": ("modernbert/masked-lm", {"local_rope": positions.Rope(theta=160000.0)}, None),
     "wrong eps modernbert": ("modernbert/masked-lm", {"norm_eps": 1e-3}, None),
-    "first token": ("modernbert/sequence-classification/mean", {"pooling_of_head": "cls"}, None),
+    "first token": ("modernbert/sequence-classification/mean", {"classifier_pooling": "cls"}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 

@@ -159,15 +159,35 @@ class PaddedConfig(Config):
         return {"max_position_embeddings": self.max_positions + self.position_offset, **super().write_special()}
 
 
-def rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
-    """The rules of the base model's affine maps, norms and tables, name on disk without `.weight` -> leaf."""
+def rules(
+    names: Mapping[str, str | tuple[str, ...]], *, biases: Mapping[str, str | None] = {}, first: Mapping[str, str] = {}
+) -> tuple[Rule, ...]:
+    """The rules of the base model's affine maps, norms and tables.
+
+    Args:
+        names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side.
+        biases: leaf, or the first of several -> the property of the config that says whether it has a bias, None for never.
+        first: name -> that in the first layer, where it is another.
+    """
     found: list[Rule] = []
     for name, leaf in names.items():
-        kind = "scale" if leaf.endswith("norm") else "weight"
-        weight, bias = LAYOUTS.get(leaf, (None, None))
-        table = leaf in schema.TABLES
-        found.append(Rule(f"@{name}.weight", leaf if table else f"{leaf}.{kind}", weight))
-        found += [] if table else [Rule(f"@{name}.bias", f"{leaf}.bias", bias)]
+        leaves = (leaf,) if isinstance(leaf, str) else leaf
+        if leaves[0] in schema.TABLES:
+            found.append(Rule(f"@{name}.weight", leaf))
+            continue
+        there = biases.get(leaves[0], "")
+        kinds = ["scale" if leaves[0].endswith("norm") else "weight", "bias"][: 1 if there is None else 2]
+        for i, kind in enumerate(kinds):
+            suffix, paths = ("weight", "bias")[i], tuple(f"{one}.{kind}" for one in leaves)
+            found.append(
+                Rule(
+                    f"@{name}.{suffix}",
+                    paths[0] if isinstance(leaf, str) else paths,
+                    tuple(LAYOUTS[one][i] for one in leaves if one in LAYOUTS) or None,
+                    when=there or None if kind == "bias" else None,
+                    first=f"@{first[name]}.{suffix}" if name in first else None,
+                )
+            )
     return tuple(found)
 
 
@@ -175,7 +195,7 @@ LAYOUTS = {
     "layers.attention.query": ("(h k) d", "(h k)"),
     "layers.attention.key": ("(g k) d", "(g k)"),
     "layers.attention.value": ("(g k) d", "(g k)"),
-    "layers.attention.output": ("d (h k)", None),
+    "layers.attention.output": ("d (h k)", "d"),
 }
 """How the projections lie on disk: weight and bias."""
 
@@ -200,11 +220,14 @@ LAYER = {
 """BERT's names in a layer."""
 
 
-def head(name: str, leaf: str, *tasks: str, optional: bool = False, bias: bool = True) -> tuple[Rule, ...]:
-    """The rules of an affine map or a norm of these tasks' heads."""
+def head(name: str, leaf: str, *tasks: str, optional: bool = False, bias: bool | str = True) -> tuple[Rule, ...]:
+    """The rules of an affine map or a norm of these tasks' heads; `bias` may be a property of the config that says it."""
     kind = "scale" if leaf.endswith("norm") else "weight"
     weight = Rule(f"{name}.weight", f"{leaf}.{kind}", tasks=tasks, optional=optional)
-    return (weight, Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, optional=optional)) if bias else (weight,)
+    when = bias if isinstance(bias, str) else None
+    return (
+        (weight, Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, optional=optional, when=when)) if bias else (weight,)
+    )
 
 
 def pooler(name: str, *tasks: str) -> tuple[Rule, ...]:
@@ -261,12 +284,7 @@ def forward(
     keep: Keep = NOTHING,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`. Positions count columns, or tokens that are not padding."""
-    if cache is not None and not config.causal:
-        raise ValueError(
-            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
-        )
-    if token_types is not None and "types" not in params["embed"]:
-        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+    check_call(params, config, token_types, cache)
     places = _places(config, tokens, cache) if positions is None else positions
     present, places = of_call(tokens, mask, places, cache)
     seen = attend(present, cache, causal=config.causal)
@@ -295,6 +313,16 @@ def forward(
     ran = layers.run(layer, params["layers"], x, cache, present, keep=keep, order=config.order)
     hidden = layer_norm(params["final_norm"], ran.x, config.norm_eps) if config.pre_norm else ran.x
     return ran.onto(_head(params, config, Output(hidden=hidden, cache=ran.cache), select), hidden)
+
+
+def check_call(params: Params, config: Config, token_types: Array | None, cache: Cache | None) -> None:
+    """Raises where a call has what the model does not take."""
+    if cache is not None and not config.causal:
+        raise ValueError(
+            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
+        )
+    if token_types is not None and "types" not in params["embed"]:
+        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
 
 
 def _places(config: Config, tokens: Array, cache: Cache | None) -> Array:

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from fmodels import tree
-from fmodels.models._base import Config as BaseConfig
+from fmodels.models import _encoder
 from fmodels.models._base import Family, at, init_normal
+from fmodels.models._encoder import CLASSES, TOKEN_CLASSES, head
 from fmodels.models._rope import read_rope, rope_parameters
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
@@ -26,13 +27,13 @@ from fmodels.nn.positions import Rope, columns, of_call, rope_tables
 from fmodels.types import NOTHING, Array, Cache, Keep, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
+SAME = """norm_eps layer_types local_attention norm_bias attention_bias mlp_bias decoder_bias classifier_bias classifier_activation
+classifier_pooling""".split()
 TYPES = ("full_attention", "sliding_attention")
-CLASSES = ("sequence-classification", "multiple-choice")
-TOKEN_CLASSES = ("token-classification", "question-answering")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(BaseConfig):
+class Config(_encoder.Config):
     """ModernBERT's config; the defaults are ModernBERT base's.
 
     Attributes:
@@ -45,19 +46,14 @@ class Config(BaseConfig):
         norm_bias: whether norms have biases; likewise `attention_bias`, `mlp_bias` and, of the vocabulary, `decoder_bias`.
         classifier_bias: whether the transformation before the heads has a bias.
         classifier_activation: of that transformation.
-        pooling_of_head: `"cls"` or `"mean"`, what a head for whole texts reads (`classifier_pooling`).
+        classifier_pooling: `"cls"` or `"mean"`, what a head for whole texts reads.
     """
 
     vocab_size: int = 50368
-    hidden_size: int = 768
     intermediate_size: int = 1152
     num_layers: int = 22
-    num_heads: int = 12
-    num_kv_heads: int = 12
-    head_dim: int = 64
     max_positions: int = 8192
     norm_eps: float = 1e-5
-    activation: str = "gelu"
     period: int = 3
     layer_types: tuple[str, ...] | None = None
     local_attention: int = 128
@@ -69,37 +65,17 @@ class Config(BaseConfig):
     decoder_bias: bool = True
     classifier_bias: bool = False
     classifier_activation: str = "gelu"
-    pooling_of_head: str = "cls"
+    classifier_pooling: str = "cls"
     bos_token_id: int | None = 50281
     eos_token_id: int | tuple[int, ...] | None = 50282
     pad_token_id: int | None = 50283
 
     model_type: ClassVar[str] = "modernbert"
-    counts_columns: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
+        **{field: key for field, key in _encoder.Config.HF.items() if field not in ("num_token_types", "causal")},
+        **{name: name for name in SAME},
         "activation": "hidden_activation",
-        "max_positions": "max_position_embeddings",
-        "norm_eps": "norm_eps",
-        "initializer_range": "initializer_range",
         "period": "global_attn_every_n_layers",
-        "layer_types": "layer_types",
-        "local_attention": "local_attention",
-        "norm_bias": "norm_bias",
-        "attention_bias": "attention_bias",
-        "mlp_bias": "mlp_bias",
-        "decoder_bias": "decoder_bias",
-        "classifier_bias": "classifier_bias",
-        "classifier_activation": "classifier_activation",
-        "pooling_of_head": "classifier_pooling",
-        "bos_token_id": "bos_token_id",
-        "eos_token_id": "eos_token_id",
-        "pad_token_id": "pad_token_id",
-        "tie_word_embeddings": "tie_word_embeddings",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         """initializer_cutoff_factor attention_dropout embedding_dropout mlp_dropout classifier_dropout layer_norm_eps
@@ -117,11 +93,12 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        problems = [f"layer_types has {name!r}; known are {', '.join(TYPES)}" for name in {*self.types} - {*TYPES}]
-        if len(self.types) != self.num_layers:
-            problems.append(f"layer_types has {len(self.types)} entries for {self.num_layers} layers")
-        if self.pooling_of_head not in ("cls", "mean"):
-            problems.append(f"classifier_pooling is {self.pooling_of_head!r}; known are cls and mean")
+        types = self.types if self.period > 0 else ()
+        problems = [f"layer_types has {name!r}; known are {', '.join(TYPES)}" for name in {*types} - {*TYPES}]
+        if len(types) != self.num_layers:
+            problems.append(f"layer_types has {len(types)} entries for {self.num_layers} layers; {self.period=}")
+        if self.classifier_pooling not in ("cls", "mean"):
+            problems.append(f"classifier_pooling is {self.classifier_pooling!r}; known are cls and mean")
         if self.classifier_activation not in ACTIVATIONS:
             problems.append(f"classifier_activation {self.classifier_activation!r} is not supported")
         if self.head_dim % 2:
@@ -136,10 +113,7 @@ class Config(BaseConfig):
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        hidden, heads = data.get("hidden_size", cls.hidden_size), data.get("num_attention_heads", cls.num_heads)
-        fields.update(num_kv_heads=heads, head_dim=hidden // heads)
-        if hidden % heads:
-            problems.append(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        own = super().read_special(data, fields, problems)
         given, scaling = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
         known = " and ".join(TYPES)
         problems += [f"rope_parameters has {name!r}, known are {known}" for name in given if name not in TYPES]
@@ -153,7 +127,7 @@ class Config(BaseConfig):
                 head_dim=fields["head_dim"],
                 max_positions=data.get("max_position_embeddings", cls.max_positions),
             )
-        return {"rope_parameters", "rope_scaling", "global_rope_theta", "local_rope_theta"}
+        return own | {"rope_parameters", "rope_scaling", "global_rope_theta", "local_rope_theta"}
 
     def write_special(self) -> dict[str, Any]:
         ropes = zip(TYPES, (self.rope, self.local_rope), strict=True)
@@ -164,50 +138,36 @@ class Config(BaseConfig):
         }
 
 
-def _affine(name: str, leaf: str, layout: str | None = None, *, bias: str, tasks: Any = None) -> tuple[Rule, ...]:
-    """The rules of an affine map or a norm; `bias` is the config's field that says whether it has one."""
-    kind = "scale" if leaf.endswith("norm") else "weight"
-    return (
-        Rule(f"{name}.weight", f"{leaf}.{kind}", layout, tasks=tasks),
-        Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, when=bias),
-    )
-
-
-QKV = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
-GATED = ("layers.mlp.gate", "layers.mlp.up")
 HEADS = ("masked-lm", *CLASSES, *TOKEN_CLASSES)
+NAMES = {
+    "embeddings.tok_embeddings": "embed.tokens",
+    "layers.{l}.attn_norm": "layers.attention_norm",
+    "layers.{l}.attn.Wqkv": ("layers.attention.query", "layers.attention.key", "layers.attention.value"),
+    "layers.{l}.attn.Wo": "layers.attention.output",
+    "layers.{l}.mlp_norm": "layers.mlp_norm",
+    "layers.{l}.mlp.Wi": ("layers.mlp.gate", "layers.mlp.up"),
+    "layers.{l}.mlp.Wo": "layers.mlp.down",
+    "final_norm": "final_norm",
+}
+BIASES = {
+    **dict.fromkeys(("layers.attention_norm", "layers.mlp_norm", "final_norm"), "norm_bias"),
+    **dict.fromkeys(("layers.attention.query", "layers.attention.output"), "attention_bias"),
+    **dict.fromkeys(("layers.mlp.gate", "layers.mlp.down"), "mlp_bias"),
+}
 
 WEIGHTS = Weights(
     prefix={"": "model"},
     tied={"decoder.weight": "embed.tokens"},
     rules=(
-        Rule("@embeddings.tok_embeddings.weight", "embed.tokens"),
         # The first layer attends to the normed embeddings as they are: their norm is its norm.
-        Rule("@layers.{l}.attn_norm.weight", "layers.attention_norm.scale", first="@embeddings.norm.weight"),
-        Rule(
-            "@layers.{l}.attn_norm.bias", "layers.attention_norm.bias", first="@embeddings.norm.bias", when="norm_bias"
-        ),
-        Rule(
-            "@layers.{l}.attn.Wqkv.weight", tuple(f"{leaf}.weight" for leaf in QKV), ("(h k) d", "(g k) d", "(g k) d")
-        ),
-        Rule(
-            "@layers.{l}.attn.Wqkv.bias", tuple(f"{leaf}.bias" for leaf in QKV), ("(h k)", "(g k)", "(g k)"),
-            when="attention_bias",
-        ),
-        *_affine("@layers.{l}.attn.Wo", "layers.attention.output", "d (h k)", bias="attention_bias"),
-        *_affine("@layers.{l}.mlp_norm", "layers.mlp_norm", bias="norm_bias"),
-        Rule("@layers.{l}.mlp.Wi.weight", tuple(f"{leaf}.weight" for leaf in GATED)),
-        Rule("@layers.{l}.mlp.Wi.bias", tuple(f"{leaf}.bias" for leaf in GATED), when="mlp_bias"),
-        *_affine("@layers.{l}.mlp.Wo", "layers.mlp.down", bias="mlp_bias"),
-        *_affine("@final_norm", "final_norm", bias="norm_bias"),
-        *_affine("head.dense", "lm_transform.dense", bias="classifier_bias", tasks=HEADS),
-        *_affine("head.norm", "lm_transform.norm", bias="norm_bias", tasks=HEADS),
+        *_encoder.rules(NAMES, biases=BIASES, first={"layers.{l}.attn_norm": "embeddings.norm"}),
+        *head("head.dense", "lm_transform.dense", *HEADS, bias="classifier_bias"),
+        *head("head.norm", "lm_transform.norm", *HEADS, bias="norm_bias"),
         Rule("decoder.weight", "lm_head.weight", tasks=("masked-lm",), when="untied"),
         Rule("decoder.bias", "lm_head.bias", tasks=("masked-lm",), when="decoder_bias"),
-        Rule("classifier.weight", "classifier.weight", tasks=HEADS[1:]),
-        Rule("classifier.bias", "classifier.bias", tasks=HEADS[1:]),
+        *head("classifier", "classifier", *HEADS[1:]),
     ),
-)  # fmt: skip
+)
 
 
 def forward(
@@ -223,10 +183,7 @@ def forward(
     keep: Keep = NOTHING,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`. Positions count columns."""
-    if cache is not None:
-        raise ValueError("forward: a cache needs a causal model; modernbert is an encoder")
-    if token_types is not None:
-        raise ValueError("forward: modernbert has no token types; leave token_types out")
+    _encoder.check_call(params, config, token_types, cache)
     present, places = of_call(tokens, mask, columns(tokens, None) if positions is None else positions, None)
 
     def kind(reach: int | None, rope: Rope) -> Any:
@@ -268,7 +225,7 @@ def _pool(config: Config, hidden: Array, present: Array) -> Array:
 
     For choices transformers takes the first that is real, else that of the first column.
     """
-    if config.pooling_of_head == "mean":
+    if config.classifier_pooling == "mean":
         real = present[..., None].astype(hidden.dtype)
         return (hidden * real).sum(1) / real.sum(1)
     return at(hidden, jnp.argmax(present, axis=1)) if config.task == "multiple-choice" else hidden[:, 0]
@@ -279,17 +236,14 @@ def init(config: Config, key: Key, *, dtype: Any = "float32") -> Params:
 
     Source: `ModernBertPreTrainedModel._init_weights`.
     """
-    params = init_normal(WEIGHTS, config, key, dtype)
     out = ("attention.output.weight", "mlp.down.weight", "lm_transform.dense.weight", "lm_head.weight")
 
     def scale(path: str, leaf: Any) -> Any:
-        if path.endswith(out):
-            return (leaf / math.sqrt(2 * config.num_layers)).astype(leaf.dtype)
-        if path == "classifier.weight":
-            return (leaf / (config.initializer_range * math.sqrt(config.hidden_size))).astype(leaf.dtype)
-        return leaf
+        by = math.sqrt(2 * config.num_layers) if path.endswith(out) else 1.0
+        by = config.initializer_range * math.sqrt(config.hidden_size) if path == "classifier.weight" else by
+        return (leaf / by).astype(leaf.dtype)
 
-    return tree.map_leaves(scale, params)
+    return tree.map_leaves(scale, init_normal(WEIGHTS, config, key, dtype))
 
 
 FAMILY = Family(config=Config, forward=forward, weights=WEIGHTS, init=init)
