@@ -30,6 +30,7 @@ LETTERS = {
     "f": "intermediate",
     "v": "vocabulary",
     "c": "classes",
+    "w": "width of a convolution",
     "l": "layer",
 }
 """The legend of the letters; those of one parameter axis each are also fields of a config (`SIZES`)."""
@@ -46,6 +47,7 @@ SIZES = {
     "f": "intermediate_size",
     "v": "vocab_size",
     "c": "num_labels",
+    "w": "kernel_size",
     "l": "num_layers",
 }
 """Letter -> the config field with its size; a stack's own, such as `decoder_num_layers`, goes before it there."""
@@ -64,6 +66,9 @@ AXES = {
     "embed.positions": "p e",
     "embed.types": "n e",
     "embed.distances": "m h",
+    "embed.distance_vectors": "m d",
+    "embed.distance_norm.scale": "d",
+    "embed.distance_norm.bias": "d",
     "embed.sinusoids": "p k",
     "embed.norm.scale": "e",
     "embed.norm.bias": "e",
@@ -83,6 +88,10 @@ AXES = {
     "layers.attention.key_norms.scale": "l g k",
     "layers.attention.value.weight": "l g k d",
     "layers.attention.value.bias": "l g k",
+    "layers.attention.position_query.weight": "l h k d",
+    "layers.attention.position_query.bias": "l h k",
+    "layers.attention.position_key.weight": "l g k d",
+    "layers.attention.position_key.bias": "l g k",
     "layers.attention.output.weight": "l d h k",
     "layers.attention.output.bias": "l d",
     "layers.attention_after_norm.scale": "l d",
@@ -97,6 +106,10 @@ AXES = {
     "layers.mlp.down.bias": "l d",
     "final_norm.scale": "d",
     "final_norm.bias": "d",
+    "conv.weight": "d d w",
+    "conv.bias": "d",
+    "conv_norm.scale": "d",
+    "conv_norm.bias": "d",
     "pooler.weight": "d d",
     "pooler.bias": "d",
     "lm_transform.dense.weight": "e d",

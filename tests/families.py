@@ -54,6 +54,10 @@ MODERNBERT = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3,
     "local_attention": 5, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
 }  # fmt: skip
+DEBERTA = BERT | {
+    "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+    "position_buckets": 6, "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": 8,
+}  # fmt: skip
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
@@ -305,6 +309,22 @@ CASES = (
     Case("roformer/token-classification", "RoFormerForTokenClassification", ROFORMER | {"embedding_size": 14} | THREE),
     Case("roformer/question-answering", "RoFormerForQuestionAnswering", ROFORMER | {"embedding_size": 14}),
     Case("roformer/multiple-choice", "RoFormerForMultipleChoice", ROFORMER | {"embedding_size": 14}, token_types=3),
+    Case("deberta-v2/base", "DebertaV2Model", DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    Case(
+        "deberta-v2/base/distances", "DebertaV2Model",
+        BERT | {"relative_attention": True, "pos_att_type": "c2p|p2c", "max_relative_positions": 3}, token_types=3,
+    ),
+    Case("deberta-v2/base/content", "DebertaV2Model", BERT | {"type_vocab_size": 0, "pos_att_type": ["c2p"]}),
+    Case("deberta-v2/masked-lm", "DebertaV2ForMaskedLM", DEBERTA | {"pos_att_type": ["p2c"], "share_att_key": False}),
+    Case("deberta-v2/masked-lm/untied", "DebertaV2ForMaskedLM", DEBERTA | {"tie_word_embeddings": False, "conv_kernel_size": 5}),
+    Case("deberta-v2/masked-lm/new-head", "DebertaV2ForMaskedLM", DEBERTA | {"legacy": False}),
+    Case(
+        "deberta-v2/sequence-classification", "DebertaV2ForSequenceClassification",
+        DEBERTA | THREE | {"pos_att_type": ["c2p"], "share_att_key": False, "norm_rel_ebd": "none", "pooler_hidden_act": "tanh"},
+    ),
+    Case("deberta-v2/token-classification", "DebertaV2ForTokenClassification", DEBERTA | THREE),
+    Case("deberta-v2/question-answering", "DebertaV2ForQuestionAnswering", DEBERTA | {"max_relative_positions": -1}),
+    Case("deberta-v2/multiple-choice", "DebertaV2ForMultipleChoice", DEBERTA | {"type_vocab_size": 3}, token_types=3),
     Case("modernbert/base", "ModernBertModel", MODERNBERT | {"norm_bias": True, "global_attn_every_n_layers": 2}),
     Case("modernbert/masked-lm", "ModernBertForMaskedLM", MODERNBERT),
     Case(

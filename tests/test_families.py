@@ -343,6 +343,13 @@ MUTATIONS = {
     "one rotary base in an encoder": ("modernbert/masked-lm", {"local_rope": positions.Rope(theta=160000.0)}, None),
     "wrong eps modernbert": ("modernbert/masked-lm", {"norm_eps": 1e-3}, None),
     "first token": ("modernbert/sequence-classification/mean", {"classifier_pooling": "cls"}, None),
+    "distances from the key": ("deberta-v2/base/distances", {"pos_att_type": ("c2p",)}, None),
+    "other buckets": ("deberta-v2/base", {"max_relative_positions": 12}, None),
+    "distances as they are": ("deberta-v2/masked-lm", {}, "embed.distance_norm"),
+    "no convolution": ("deberta-v2/base", {}, "conv"),
+    "other convolution": ("deberta-v2/base", {"conv_act": "tanh"}, None),
+    "wrong eps deberta": ("deberta-v2/base", {"norm_eps": 1e-3}, None),
+    "tanh of the first token": ("deberta-v2/multiple-choice", {"pooler_activation": "tanh"}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 
@@ -374,6 +381,18 @@ def test_buckets_are_those_of_transformers():
             want = T5Attention._relative_position_bucket(torch.tensor(far), not causal, count, longest).numpy()
             got = positions.distance_buckets(jnp.asarray(far), count, causal=causal, max_distance=longest)
             assert np.array_equal(got, want), (causal, count, longest)
+
+
+def test_signed_buckets_are_those_of_transformers():
+    """Every distance, also where float32 logarithms fall on the edge of a bucket."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
+    for length, count, longest in (
+        (1030, 256, 512), (600, 256, 1024), (40, 4, 8), (70, 32, 64), (9, -1, 4), (300, 100, 128), (120, 256, 128),
+    ):  # fmt: skip
+        text = torch.zeros(1, length, 1)
+        want = build_relative_position(text, text, count, longest)[0].numpy()
+        assert np.array_equal(positions.signed_log_buckets(length, count, longest), want), (length, count, longest)
 
 
 @pytest.mark.parametrize("mutation", ["direction", "causal encoder", "offset", "cross mask"])

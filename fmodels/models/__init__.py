@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fmodels.models import bert as bert
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
+    from fmodels.models import deberta_v2 as deberta_v2
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
     from fmodels.models import gemma as gemma
@@ -77,6 +78,7 @@ FILES: dict[str, str] = {
     "bert": "bert",
     "camembert": "camembert",
     "cohere": "cohere",
+    "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
     "electra": "electra",
     "gemma": "gemma",

@@ -23,7 +23,7 @@ from fmodels.nn.embeddings import embed, lm_logits
 from fmodels.nn.linear import ACTIVATIONS, activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import Rope, columns, of_call, rope_tables
+from fmodels.nn.positions import Rope, rope_tables
 from fmodels.types import NOTHING, Array, Cache, Keep, Key, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -82,14 +82,7 @@ class Config(_encoder.Config):
         deterministic_flash_attn sparse_prediction sparse_pred_ignore_index reference_compile repad_logits_with_grad""".split()
     )
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"position_embedding_type": ("absolute", "rope", None)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
-        "base": "ModernBertModel",
-        "masked-lm": "ModernBertForMaskedLM",
-        "sequence-classification": "ModernBertForSequenceClassification",
-        "token-classification": "ModernBertForTokenClassification",
-        "question-answering": "ModernBertForQuestionAnswering",
-        "multiple-choice": "ModernBertForMultipleChoice",
-    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _encoder.architectures("ModernBert")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,8 +176,7 @@ def forward(
     keep: Keep = NOTHING,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`. Positions count columns."""
-    _encoder.check_call(params, config, token_types, cache)
-    present, places = of_call(tokens, mask, columns(tokens, None) if positions is None else positions, None)
+    present, places = _encoder.begin(params, config, tokens, mask, positions, token_types, cache)
 
     def kind(reach: int | None, rope: Rope) -> Any:
         seen = attend(present, causal=False, reach=reach)

@@ -239,7 +239,8 @@ class Weights:
             config: the config.
             every: also those that only models of other tasks have.
         """
-        tied = self.tied if config.tie_word_embeddings and (every or config.task in schema.LM_TASKS) else {}
+        has_head = every or (config.task in schema.LM_TASKS and config.repeats_head)
+        tied = self.tied if config.tie_word_embeddings and has_head else {}
         rules = (dataclasses.replace(rule, tasks=None) if every else rule for rule in self.shared)
         prefix = self.base_prefix(config.task)
         return {**tied, **{r.name.replace("@", prefix): r.leaves[0] for r in rules if r.applies(config)}}
