@@ -192,7 +192,8 @@ def _transformers_outputs(out: Any) -> dict[str, Any]:
     states = (
         out.get("hidden_states") or out.decoder_hidden_states
     )  # GPT-2's last is by choices already, where there are choices
-    found = {"hidden_states": torch.stack([state.reshape(states[0].shape) for state in states])}
+    same = [state for state in states if state.shape[-1] == states[0].shape[-1]]  # not OPT's last, which is projected
+    found = {"hidden_states": torch.stack([state.reshape(states[0].shape) for state in same])}
     if out.get("last_hidden_state") is not None:
         found["hidden"] = out.last_hidden_state
     if out.get("pooler_output") is not None:

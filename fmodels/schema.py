@@ -24,6 +24,7 @@ LETTERS = {
     "m": "distance buckets",
     "d": "hidden",
     "e": "embedding",
+    "o": "position embedding",
     "h": "query heads",
     "g": "key-value heads",
     "k": "head size",
@@ -41,6 +42,7 @@ SIZES = {
     "m": "num_buckets",
     "d": "hidden_size",
     "e": "embedding_size",
+    "o": "position_size",
     "h": "num_heads",
     "g": "num_kv_heads",
     "k": "head_dim",
@@ -63,7 +65,7 @@ LM_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "pretraining", "double-heads
 
 AXES = {
     "embed.tokens": "v e",
-    "embed.positions": "p e",
+    "embed.positions": "p o",
     "embed.types": "n e",
     "embed.distances": "m h",
     "embed.distance_vectors": "m d",
@@ -110,6 +112,7 @@ AXES = {
     "conv.bias": "d",
     "conv_norm.scale": "d",
     "conv_norm.bias": "d",
+    "projection.weight": "e d",
     "pooler.weight": "d d",
     "pooler.bias": "d",
     "lm_transform.dense.weight": "e d",
@@ -342,7 +345,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
         mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
-            also that of `e`, unless it has its own.
+            also that of `e` and `o`, unless they have their own.
 
     Example:
         >>> import jax
@@ -350,7 +353,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
         >>> partition(params, {"v": "model"})["embed"]["tokens"]
         P('model', None)
     """
-    mesh_axes = {"e": mesh_axes["d"], **mesh_axes} if "d" in mesh_axes else mesh_axes
+    mesh_axes = {"e": mesh_axes["d"], "o": mesh_axes["d"], **mesh_axes} if "d" in mesh_axes else mesh_axes
 
     def spec(path: str, leaf: Any) -> PartitionSpec:
         used: set[str] = set()

@@ -61,7 +61,8 @@ class Output(NamedTuple):
         pooled: `(b d)`, the pooler's output, if the model has a pooler.
         sequence_logits: float32; the second head of models that have two: `(b 2)` for BERT's pretraining task,
             `(b n)` for GPT-2's double heads.
-        hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`; `b` counts every choice.
+        hidden_states: `(l+1 b t d)`, on request: the input of each layer, then `hidden`, unless its size
+            is another (OPT projects it); `b` counts every choice.
         encoder_hidden: `(b s d)`, the encoder's last hidden state, where an encoder ran before a decoder, whose fields
             are those above.
         encoder_hidden_states: `(l+1 b s d)`, on request, as `hidden_states`.

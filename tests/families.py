@@ -59,6 +59,20 @@ DEBERTA = BERT | {
     "position_buckets": 6, "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": 8,
 }  # fmt: skip
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+NEO = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_layers": 3, "num_heads": 4, "window_size": 3,
+    "attention_types": [[["global", "local"], 1], [["local"], 1]],
+}  # fmt: skip
+BLOOM = SIZES | {"hidden_size": 24, "n_layer": 3, "n_head": 6}
+FALCON = NEOX | {"ffn_hidden_size": 37, "num_attention_heads": 6}
+FALCON.pop("intermediate_size")
+XGLM = {
+    "vocab_size": 61, "init_std": 0.2, "pad_token_id": 3, "max_position_embeddings": 32, "d_model": 24, "ffn_dim": 37,
+    "num_layers": 3, "attention_heads": 4,
+}  # fmt: skip
+OPT = {name: value for name, value in NEOX.items() if name not in ("intermediate_size", "initializer_range")} | {
+    "ffn_dim": 37, "init_std": 0.2,
+}  # fmt: skip
 GPTJ = GPT2 | {"n_embd": 24, "rotary_dim": 4}
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
 LOCAL = ["sliding_attention"] * 2 + ["full_attention"] * 2
@@ -69,7 +83,7 @@ NESTED = {
 }
 DECODERS = frozenset(
     """gpt2 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 phi olmo2 smollm3 granite cohere starcoder2
-    stablelm gptj gpt_neox""".split()
+    stablelm gptj gpt_neox opt gpt_neo bloom falcon xglm""".split()
 )
 THREE = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
 
@@ -301,6 +315,61 @@ CASES = (
     Case("gpt_neox/sequence-classification", "GPTNeoXForSequenceClassification", NEOX | {"hidden_size": 32} | THREE),
     Case("gpt_neox/token-classification", "GPTNeoXForTokenClassification", NEOX | {"hidden_size": 32} | THREE),
     Case("gpt_neox/question-answering", "GPTNeoXForQuestionAnswering", NEOX | {"hidden_size": 32}),
+    Case("opt/base", "OPTModel", OPT | {"word_embed_proj_dim": 14, "do_layer_norm_before": False}),
+    Case("opt/causal-lm", "OPTForCausalLM", OPT),
+    Case("opt/causal-lm/projected", "OPTForCausalLM", OPT | {"word_embed_proj_dim": 14, "do_layer_norm_before": False}),
+    Case(
+        "opt/causal-lm/untied", "OPTForCausalLM",
+        OPT | {"tie_word_embeddings": False, "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
+    Case("opt/causal-lm/no-final-norm", "OPTForCausalLM", OPT | {"_remove_final_layer_norm": True}),
+    Case("opt/sequence-classification", "OPTForSequenceClassification", OPT | THREE),
+    Case("opt/question-answering", "OPTForQuestionAnswering", OPT),
+    Case("gpt_neo/base", "GPTNeoModel", NEO | {"intermediate_size": None, "activation_function": "relu"}),
+    Case("gpt_neo/causal-lm", "GPTNeoForCausalLM", NEO),
+    Case("gpt_neo/causal-lm/untied", "GPTNeoForCausalLM", NEO | {"tie_word_embeddings": False, "window_size": 2}),
+    Case("gpt_neo/sequence-classification", "GPTNeoForSequenceClassification", NEO | THREE),
+    Case("gpt_neo/token-classification", "GPTNeoForTokenClassification", NEO | THREE),
+    Case("gpt_neo/question-answering", "GPTNeoForQuestionAnswering", NEO),
+    Case("bloom/base", "BloomModel", BLOOM),
+    Case("bloom/causal-lm", "BloomForCausalLM", BLOOM),
+    Case(
+        "bloom/causal-lm/untied", "BloomForCausalLM",
+        BLOOM | {"n_head": 4, "tie_word_embeddings": False, "apply_residual_connection_post_layernorm": True},
+    ),
+    Case("bloom/sequence-classification", "BloomForSequenceClassification", BLOOM | THREE),
+    Case("bloom/token-classification", "BloomForTokenClassification", BLOOM | THREE),
+    Case("bloom/question-answering", "BloomForQuestionAnswering", BLOOM),
+    Case("falcon/base", "FalconModel", FALCON),
+    Case(
+        "falcon/base/alibi", "FalconModel",
+        FALCON | {"alibi": True, "attn_implementation": "sdpa", "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    Case("falcon/causal-lm", "FalconForCausalLM", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": True}),
+    Case(
+        "falcon/causal-lm/untied", "FalconForCausalLM",
+        FALCON | {
+            "tie_word_embeddings": False, "parallel_attn": False, "multi_query": False, "bias": True, "activation": "relu",
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+        },
+    ),
+    Case(
+        "falcon/causal-lm/one-norm", "FalconForCausalLM",
+        FALCON | {"num_kv_heads": 3, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+    ),
+    Case(
+        "falcon/causal-lm/alibi", "FalconForCausalLM",
+        FALCON | {
+            "alibi": True, "attn_implementation": "sdpa", "parallel_attn": False, "multi_query": False, "bias": True,
+            "ffn_hidden_size": None,
+        },
+    ),
+    Case("falcon/sequence-classification", "FalconForSequenceClassification", FALCON | THREE),
+    Case("falcon/token-classification", "FalconForTokenClassification", FALCON | THREE),
+    Case("falcon/question-answering", "FalconForQuestionAnswering", FALCON),
+    Case("xglm/base", "XGLMModel", XGLM | {"activation_function": "relu"}),
+    Case("xglm/causal-lm", "XGLMForCausalLM", XGLM),
+    Case("xglm/causal-lm/untied", "XGLMForCausalLM", XGLM | {"tie_word_embeddings": False, "scale_embedding": False}),
     Case("roformer/base", "RoFormerModel", ROFORMER | {"embedding_size": 14}, token_types=3),
     Case("roformer/masked-lm", "RoFormerForMaskedLM", ROFORMER, token_types=3),
     Case("roformer/masked-lm/untied", "RoFormerForMaskedLM", ROFORMER | {"embedding_size": 14} | {"tie_word_embeddings": False}),
@@ -386,6 +455,11 @@ class Loaded:
     def unstacked(self) -> fm.Params:
         return fm.load(self.folder, layers="list")[0]
 
+    @property
+    def attention(self) -> str:
+        """transformers' implementation."""
+        return self.model.config._attn_implementation
+
     references: dict[str | None, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def reference(self, padding: str | None = None) -> dict[str, np.ndarray]:
@@ -419,7 +493,7 @@ def build(case: Case) -> Any:
     """A random model of transformers, norms and biases moved off their initial values, eager attention."""
     architecture = getattr(transformers, case.architecture)
     torch.manual_seed(len(case.name))
-    config = architecture.config_class(**case.config, attn_implementation="eager")
+    config = architecture.config_class(**{"attn_implementation": "eager"} | case.config)
     model = architecture(config, **case.options).eval()
     if case.untie:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
@@ -480,7 +554,8 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
     if type(model).__name__.endswith("DoubleHeadsModel"):
         columns = torch.arange(named["input_ids"].shape[-1])
         named["mc_token_ids"] = (columns * named["attention_mask"]).argmax(-1)
-    return model(**named, output_hidden_states=True, output_attentions=True)
+    weights = model.config._attn_implementation == "eager"  # no other returns them
+    return model(**named, output_hidden_states=True, output_attentions=weights)
 
 
 def outputs(out: Any) -> dict[str, torch.Tensor]:
@@ -491,7 +566,8 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
         ("encoder_hidden_states", "encoder_hidden_states"),
     ):  # fmt: skip
         if theirs in out:
-            found[ours] = torch.stack([h.reshape(out[theirs][0].shape) for h in out[theirs]])
+            same = [h for h in out[theirs] if h.shape[-1] == out[theirs][0].shape[-1]]  # OPT projects its last
+            found[ours] = torch.stack([h.reshape(same[0].shape) for h in same])
     for theirs, ours in (
         ("attentions", "attentions"), ("decoder_attentions", "attentions"), ("cross_attentions", "cross_attentions"),
         ("encoder_attentions", "encoder_attentions"),

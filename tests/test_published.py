@@ -56,6 +56,26 @@ PUBLISHED = {
     }),
     "stablelm-3b": ("StableLmForCausalLM", 2_795_443_200, {}),
     "gpt-j-6b": ("GPTJForCausalLM", 6_050_882_784, {}),
+    "opt-350m": ("OPTForCausalLM", 331_196_416, {
+        "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "word_embed_proj_dim": 512,
+        "do_layer_norm_before": False,
+    }),
+    "opt-6.7b": ("OPTForCausalLM", 6_658_473_984, {
+        "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32, "num_attention_heads": 32,
+    }),
+    "gpt-neo-2.7B": ("GPTNeoForCausalLM", 2_651_307_520, {
+        "hidden_size": 2560, "num_layers": 32, "num_heads": 20, "attention_types": [[["global", "local"], 16]],
+    }),
+    "bloom-7b1": ("BloomForCausalLM", 7_069_016_064, {"hidden_size": 4096, "n_layer": 30, "n_head": 32}),
+    "falcon-7b": ("FalconForCausalLM", 6_921_720_704, {}),
+    "falcon-40b": ("FalconForCausalLM", 41_303_293_952, {
+        "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True,
+    }),
+    "falcon-rw-1b": ("FalconForCausalLM", 1_311_625_216, {
+        "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "alibi": True, "bias": True,
+        "multi_query": False, "parallel_attn": False,
+    }),
+    "xglm-564M": ("XGLMForCausalLM", 564_463_616, {}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", 20_554_567_680, {}),
     "xlm-roberta-large": ("XLMRobertaForMaskedLM", 560_142_482, {
         "vocab_size": 250002, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,

@@ -157,7 +157,8 @@ def test_map_axes_is_by_letter():
 def test_sizes_measured_from_arrays(loaded):
     """Letter by letter, the arrays agree with transformers' own config."""
     found, theirs = schema.measured(loaded.params), loaded.model.config
-    assert found["e"] == {getattr(theirs, "embedding_size", theirs.hidden_size)}
+    size = getattr(theirs, "word_embed_proj_dim", theirs.hidden_size)  # OPT's name
+    assert found["e"] == {getattr(theirs, "embedding_size", size)}
     assert found.get("d", {theirs.hidden_size}) == {theirs.hidden_size}
     assert found["v"] == {theirs.vocab_size}
     for part in {schema.stack(path) for path in tree.stacks(loaded.params)}:
@@ -169,7 +170,10 @@ def test_sizes_measured_from_arrays(loaded):
             depth = getattr(theirs, "num_decoder_layers", getattr(theirs, "decoder_layers", depth))
         assert found[f"{part}h"] == {heads}
         assert found[f"{part}l"] == {depth} == schema.measured(loaded.unstacked)[f"{part}l"]
-        assert found[f"{part}g"] == {getattr(theirs, "num_key_value_heads", heads)}
+        groups = getattr(theirs, "num_key_value_heads", heads)
+        if theirs.model_type == "falcon":
+            groups = 1 if theirs.multi_query and not theirs.new_decoder_architecture else theirs.num_kv_heads
+        assert found[f"{part}g"] == {groups}
 
 
 def test_partition_specs():

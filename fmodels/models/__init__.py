@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from fmodels.models import albert as albert
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
+    from fmodels.models import bloom as bloom
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
     from fmodels.models import deberta_v2 as deberta_v2
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
+    from fmodels.models import falcon as falcon
     from fmodels.models import gemma as gemma
     from fmodels.models import gemma2 as gemma2
     from fmodels.models import gemma3_text as gemma3_text
     from fmodels.models import gpt2 as gpt2
+    from fmodels.models import gpt_neo as gpt_neo
     from fmodels.models import gpt_neox as gpt_neox
     from fmodels.models import gptj as gptj
     from fmodels.models import granite as granite
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
     from fmodels.models import olmo2 as olmo2
+    from fmodels.models import opt as opt
     from fmodels.models import phi as phi
     from fmodels.models import phi3 as phi3
     from fmodels.models import qwen2 as qwen2
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from fmodels.models import stablelm as stablelm
     from fmodels.models import starcoder2 as starcoder2
     from fmodels.models import t5 as t5
+    from fmodels.models import xglm as xglm
     from fmodels.models import xlm_roberta as xlm_roberta
 
 
@@ -76,15 +81,18 @@ FILES: dict[str, str] = {
     "albert": "albert",
     "bart": "bart",
     "bert": "bert",
+    "bloom": "bloom",
     "camembert": "camembert",
     "cohere": "cohere",
     "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
     "electra": "electra",
+    "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3_text",
     "gpt2": "gpt2",
+    "gpt_neo": "gpt_neo",
     "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "granite": "granite",
@@ -94,6 +102,7 @@ FILES: dict[str, str] = {
     "mpnet": "mpnet",
     "mt5": "mt5",
     "olmo2": "olmo2",
+    "opt": "opt",
     "phi": "phi",
     "phi3": "phi3",
     "qwen2": "qwen2",
@@ -105,6 +114,7 @@ FILES: dict[str, str] = {
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "t5": "t5",
+    "xglm": "xglm",
     "xlm-roberta": "xlm_roberta",
 }
 """`model_type` -> file."""

@@ -111,6 +111,8 @@ class Config:
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     NULLS: ClassVar[tuple[str, ...]] = ()
     """Fields of the family in which null says that there is none."""
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
     counts_columns: ClassVar[bool] = False
@@ -138,6 +140,11 @@ class Config:
     def embedding_size(self) -> int:
         """Of the rows of the token table, where it is not `hidden_size`."""
         return self.hidden_size
+
+    @property
+    def position_size(self) -> int:
+        """Of the rows of the table of positions."""
+        return self.embedding_size
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:
@@ -186,6 +193,7 @@ class Config:
         Raises:
             ValueError: a key is not understood, or has a value that is not supported; all are listed.
         """
+        data = {cls.ALIASES.get(key, key): value for key, value in data.items()}
         fields: dict[str, Any] = {}
         extra: list[tuple[str, str]] = []
         problems: list[str] = []

@@ -16,15 +16,18 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmodels import schema
+from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, decoder_head, init_normal
 from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
 from fmodels.nn import layers
-from fmodels.nn.attention import attend, attention
+from fmodels.nn.attention import attend, attention, with_slopes
 from fmodels.nn.embeddings import embed
+from fmodels.nn.linear import linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
-from fmodels.nn.positions import Rope, of_call, rope_tables
+from fmodels.nn.positions import Rope, of_call, rope_tables, sinusoids
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -100,18 +103,24 @@ class Config(BaseConfig):
     """Which of `NORMS`."""
     parallel: ClassVar[bool] = False
     """Whether both blocks read the same input; then one norm may serve both."""
+    rotary: ClassVar[bool] = True
+    """Whether queries and keys are rotated."""
     interleaved: ClassVar[bool] = False
     """Whether rotary pairs lie side by side."""
     partial: ClassVar[bool] = False
     """Whether a part of each head may be rotated."""
     joint_norms: ClassVar[bool] = False
     """Whether queries, and keys, are normed over all heads together."""
+    norm_first: ClassVar[bool] = True
+    """Whether norms are before the blocks, and not behind the sums."""
+    norm_residual: ClassVar[bool] = False
+    """Whether what a block adds to is its normed input."""
     own_head_dim: ClassVar[bool] = False
     """Whether the size of a head that config.json does not say is the class's, and not that of a share."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rotary_size(self.rope) % 2:
+        if self.rotary and self.rotary_size(self.rope) % 2:
             raise ValueError(
                 f"{self.model_type}.Config: rotary embeddings turn pairs of numbers; of head_dim={self.head_dim} "
                 f"{self.rotary_size(self.rope)} would be turned, which is odd"
@@ -133,6 +142,36 @@ class Config(BaseConfig):
     def rotary_size(self, rope: Rope) -> int:
         """How many numbers of each head are rotated."""
         return rotated(self.head_dim, rope)
+
+    @property
+    def slopes(self) -> tuple[float, ...] | None:
+        """ALiBi's, of the query heads; None for none."""
+        return None
+
+    @property
+    def slopes_scale(self) -> float:
+        """Of what ALiBi adds to the scores."""
+        return 1.0
+
+    @property
+    def slopes_rounded(self) -> bool:
+        """Whether ALiBi is computed in bfloat16."""
+        return False
+
+    @property
+    def sinusoidal(self) -> bool:
+        """Whether sines of the positions are added to the embeddings."""
+        return False
+
+    @property
+    def plain_norms(self) -> bool:
+        """Whether norms are there that have no parameters."""
+        return False
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm follows on the last layer."""
+        return True
 
     @property
     def output_bias(self) -> bool:
@@ -168,7 +207,8 @@ class Config(BaseConfig):
     def kinds(self) -> tuple[Kind, ...]:
         """Of each layer; where config.json does not say which layers have a window, all have it."""
         types = self.layer_types or ("sliding_attention",) * self.num_layers
-        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, self.rope) for t in types)
+        rope = self.rope if self.rotary else None
+        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, rope) for t in types)
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:
@@ -177,11 +217,16 @@ class Config(BaseConfig):
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        hidden, heads = data.get("hidden_size", cls.hidden_size), data.get("num_attention_heads", cls.num_heads)
+        hidden, heads = (data.get(cls.HF[field], getattr(cls, field)) for field in ("hidden_size", "num_heads"))
         fields["num_kv_heads"] = heads if cls.num_kv_heads == cls.num_heads else cls.num_kv_heads
         if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
             fields["num_kv_heads"] = heads
         fields["head_dim"] = cls.head_dim if cls.own_head_dim else hidden // heads
+        if "head_dim" not in cls.HF and hidden % heads:
+            names = cls.HF["hidden_size"], cls.HF["num_heads"]
+            problems.append(f"{names[0]}={hidden} is not a multiple of {names[1]}={heads}")
+        if cls.rotary is False:
+            return set()
         fields["rope"] = read_rope(
             data,
             problems,
@@ -193,7 +238,7 @@ class Config(BaseConfig):
         return {*OWN_KEYS}
 
     def write_special(self) -> dict[str, Any]:
-        return write_rope(self.rope)
+        return write_rope(self.rope) if self.rotary else {}
 
 
 WINDOWS: Mapping[str, str] = {"sliding_window": "sliding_window", "layer_types": "layer_types"}
@@ -288,7 +333,7 @@ def weights(
         prefix: of the base model.
         question_answering: the base model's prefix in models for question answering.
         norm_bias: whether norms have biases.
-        when: leaf -> the property of the config that says whether it is there.
+        when: leaf, or name on disk, -> the property of the config that says whether it is there.
         ignored: regular expressions of names of buffers that old files have and nothing reads.
     """
     rules: list[Rule] = []
@@ -301,8 +346,8 @@ def weights(
             continue
         kind = "scale" if leaf.endswith(("norm", "norms")) else "weight"
         weight, bias = LAYOUTS.get(leaf, (None, None))
-        there = when.get(leaf)
-        path = leaf if leaf == "embed.tokens" else f"{leaf}.{kind}"
+        there = when.get(name, when.get(leaf))
+        path = leaf if leaf in schema.TABLES else f"{leaf}.{kind}"
         rules.append(Rule(f"@{name}.weight", path, weight, when=there))
         if leaf in BIASES:
             rules.append(Rule(f"@{name}.bias", f"{leaf}.bias", bias, when=BIASES[leaf]))
@@ -368,6 +413,9 @@ def forward(
     def norm(p: Params, x: Array) -> Array:
         return NORMS[config.norm](p, x, config.norm_eps)
 
+    def normed(p: Params, name: str, x: Array) -> Array:
+        return norm(p.get(name, {}), x) if name in p or config.plain_norms else x
+
     def norm_heads(p: Params, x: Array, name: str) -> Array:
         if f"{name}_norm" in p:
             return norm(p[f"{name}_norm"], x)
@@ -384,7 +432,11 @@ def forward(
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
-        before = norm(p["attention_norm"], x) if "attention_norm" in p else x
+        if config.slopes is not None:
+            seen = with_slopes(
+                seen, _slopes(config, index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
+            )
+        before = normed(p, "attention_norm", x) if config.norm_first else x
         y, slot = attention(
             p["attention"], before, seen, slot=slot, rope=rope, interleaved=config.interleaved, norm=norm_heads,
             scale=config.attention_scale, cap=config.attention_cap,
@@ -392,19 +444,51 @@ def forward(
         y = norm(p["attention_after_norm"], y) if "attention_after_norm" in p else y
         if config.parallel:
             return x + y + mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else before, config.activation), slot
-        x = residual(x, y)
-        y = mlp(p["mlp"], norm(p["mlp_norm"], x) if "mlp_norm" in p else x, config.activation)
-        return residual(x, norm(p["mlp_after_norm"], y) if "mlp_after_norm" in p else y), slot
+        x = residual(before if config.norm_residual else x, y)
+        x = x if config.norm_first else normed(p, "attention_norm", x)
+        before = normed(p, "mlp_norm", x) if config.norm_first else x
+        y = mlp(p["mlp"], before, config.activation)
+        y = norm(p["mlp_after_norm"], y) if "mlp_after_norm" in p else y
+        x = residual(before if config.norm_residual else x, y)
+        return x if config.norm_first else normed(p, "mlp_norm", x), slot
 
-    x = embed(params["embed"], tokens, scale=config.embedding_scale)
+    x = _embed(params["embed"], config, tokens, positions + config.position_offset)
+    x = norm(params["embed"]["norm"], x) if "norm" in params["embed"] else x
     ran = layers.run(layer, params["layers"], x, cache, present, keep=keep)
-    hidden = norm(params["final_norm"], ran.x)
+    hidden = normed(params, "final_norm", ran.x) if config.final_norm else ran.x
+    hidden = linear(params["projection"], hidden, "btd,ed->bte") if "projection" in params else hidden
     out = decoder_head(params, config, hidden, tokens=tokens, mask=mask, cache=ran.cache, select=select)
     return ran.onto(out, hidden)
 
 
+def _embed(params: Params, config: Config, tokens: Array, places: Array) -> Array:
+    """The input of the first layer: rows of the tables of tokens, projected where they are smaller, and of positions."""
+    x = embed({"tokens": params["tokens"]}, tokens, scale=config.embedding_scale)
+    x = linear(params["projection"], x, "bte,de->btd") if "projection" in params else x
+    if "positions" in params:
+        x = x + take(params["positions"], places).astype(x.dtype)
+    if config.sinusoidal:
+        waves = sinusoids(places, x.shape[-1])
+        if config.pad_token_id is not None:  # which is a row of transformers' table
+            waves = jnp.where((places == config.pad_token_id)[..., None], 0, waves)
+        x = x + waves.astype(x.dtype)
+    return x
+
+
+def _slopes(config: Config, index: Any) -> Array:
+    """ALiBi's of the heads that a layer has left."""
+    every = config.slopes or ()
+    rows = [tuple(every[head] for head in schema.kept_heads(config, layer)) for layer in range(config.num_layers)]
+    if len(set(rows)) == 1:
+        return jnp.asarray(rows[0], jnp.float32)
+    return jnp.asarray(rows[index] if isinstance(index, int) else jnp.asarray(rows, jnp.float32)[index], jnp.float32)
+
+
 def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None) -> Callable[[Any], Any]:
-    """The number of a layer to whom it sees and how it rotates; the kinds of layers are computed once."""
+    """The number of a layer to whom it sees and how it rotates; the kinds of layers are computed once.
+
+    Where no layer rotates there are no tables.
+    """
     kinds = config.kinds
     keys: Any = () if cache is None else cache.keys
     slots = [x.shape[-2] for x in keys] if isinstance(keys, tuple) else [keys.shape[-2]] * len(kinds)
@@ -413,12 +497,14 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
 
     def make(kind: Kind) -> Any:
         seen = attend(present, cache, causal=True, window=kind.window, slots=slots[kinds.index(kind)])
+        if len(different) > 1 and seen.old is not None:
+            seen = seen._replace(old=jnp.broadcast_to(seen.old, (*seen.new.shape[:2], seen.old.shape[-1])))
+        if not config.rotary:
+            return seen, None
         rope = config.rope if kind.rope is None else kind.rope
         tables = rope_tables(rope, positions, config.rotary_size(rope), config.max_positions)
         if kind.rope is None:  # angles of zero
             tables = (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))
-        if len(different) > 1 and seen.old is not None:
-            seen = seen._replace(old=jnp.broadcast_to(seen.old, (*seen.new.shape[:2], seen.old.shape[-1])))
         return seen, tables
 
     made = [make(kind) for kind in different]

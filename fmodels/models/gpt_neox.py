@@ -57,9 +57,6 @@ class Config(_decoder.Config):
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        hidden, heads = data.get("hidden_size", cls.hidden_size), data.get("num_attention_heads", cls.num_heads)
-        if hidden % heads:
-            problems.append(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
         data = {**data, **{new: data[old] for old, new in OLD.items() if old in data}}
         return {*super().read_special(data, fields, problems), *OLD}
 

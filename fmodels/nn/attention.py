@@ -14,7 +14,7 @@ import numpy as np
 from fmodels.arrays import precision, take
 from fmodels.nn.cache import NO_SLOT, Slot, columns_of, read, write
 from fmodels.nn.linear import linear
-from fmodels.nn.positions import distance_buckets, rotate
+from fmodels.nn.positions import distance_buckets, from_mask, rotate
 from fmodels.types import Array, Cache, Params
 
 
@@ -24,8 +24,8 @@ class Attend(NamedTuple):
     Attributes:
         new: `(b t t)` bool, of the tokens of this call.
         old: `(b 1 s)` or `(b t s)` bool, of the slots of the cache; None where there is no cache or nothing in it.
-        new_bias: `(1 h t t)` float32, added to the scores; None for nothing.
-        old_bias: `(b h t s)`, or `(1 h t s)` for all rows, as `new_bias`.
+        new_bias: `(1 h t t)`, or `(b h 1 t)`, float32, added to the scores; None for nothing.
+        old_bias: `(b h t s)`, or with 1 in the place of `b` or `t`, as `new_bias`.
     """
 
     new: Array
@@ -41,7 +41,7 @@ class Part(NamedTuple):
         keys: `(b g s k)`.
         values: `(b g s k)`.
         seen: `(b t s)` or `(b 1 s)` bool, which of them each query sees.
-        bias: `(b h t s)` or `(1 h t s)` float32, added to the scores; None for nothing.
+        bias: `(b h t s)` float32, or with 1 in the place of `b` or `t`, added to the scores; None for nothing.
     """
 
     keys: Array
@@ -158,6 +158,39 @@ def distance_scores(
     parts = [] if for_queries is None else [score(query, for_queries, index)]
     parts += [] if for_keys is None else [score(key, for_keys, index.T).swapaxes(2, 3)]
     return functools.reduce(jnp.add, parts)
+
+
+def with_slopes(
+    seen: Attend,
+    slopes: Array,
+    positions: Array,
+    cache: Cache | None = None,
+    *,
+    scale: float = 1.0,
+    rounded: bool = False,
+) -> Attend:
+    """Adds ALiBi: `slope · position` of each key, which differs from `-slope · distance` by a number of each query.
+
+    Args:
+        seen: from `attend`.
+        slopes: `(h)` float32.
+        positions: `(b t)`, of the tokens of this call.
+        cache: as in `attend`; its keys are at the numbers of real tokens before them.
+        scale: of what is added.
+        rounded: whether slopes, positions and their products have the precision of bfloat16, as Falcon's.
+
+    Source: Press et al. 2021; matches transformers' `build_alibi_tensor`.
+    """
+
+    def narrow(x: Array) -> Array:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
+
+    def bias(places: Array) -> Array:
+        products = narrow(slopes)[None, :, None, None] * narrow(places.astype(jnp.float32))[:, None, None, :]
+        return narrow(products) * scale
+
+    old = None if cache is None or seen.old is None else bias(from_mask(cache.mask))
+    return seen._replace(new_bias=bias(positions), old_bias=old)
 
 
 def attention(
@@ -285,6 +318,7 @@ def dot_product(
         if cap is not None:
             x = jnp.tanh(x / cap) * cap
         if bias is not None:
+            bias = jnp.broadcast_to(bias, (bias.shape[0], h, t, bias.shape[-1]))
             x = x + jnp.broadcast_to(bias.reshape(bias.shape[0], groups, each * t, bias.shape[-1]), x.shape)
         seen = seen if seen.shape[1] == 1 else jnp.tile(seen, (1, each, 1))
         return jnp.where(seen[:, None], x, lowest)

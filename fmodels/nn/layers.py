@@ -33,8 +33,10 @@ class Ran(NamedTuple):
     weights: tuple[Any, ...]
 
     def onto(self, out: Output, hidden: Array) -> Output:
-        """The output with what is kept of the layers; `hidden` `(b t d)` is the last of the hidden states."""
-        states = None if self.inputs is None else jnp.concatenate([self.inputs, hidden[None]])
+        """The output with what is kept of the layers; `hidden` is the last of the hidden states if it is `(b t d)`, too."""
+        states = self.inputs
+        if states is not None and hidden.shape == self.x.shape:
+            states = jnp.concatenate([states, hidden[None]])
         attentions, cross = (*self.weights, None, None)[:2]
         return out._replace(hidden_states=states, attentions=attentions, cross_attentions=cross)
 

@@ -14,7 +14,7 @@ def layer_norm(params: Params, x: Array, eps: float) -> Array:
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis.
 
     Args:
-        params: `scale` and, optionally, `bias`, both `(d)`, or with more of the last axes of `x`.
+        params: `scale` and `bias`, both optional and `(d)`, or with more of the last axes of `x`.
         x: `(… d)`.
         eps: added to the biased variance.
 
@@ -26,7 +26,8 @@ def layer_norm(params: Params, x: Array, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     centered = wide - wide.mean(-1, keepdims=True)
     normal = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
-    normal = _along_last(params["scale"], normal) * normal
+    if "scale" in params:
+        normal = _along_last(params["scale"], normal) * normal
     if "bias" in params:
         normal = normal + _along_last(params["bias"], normal)
     return normal.astype(x.dtype)

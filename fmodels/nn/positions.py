@@ -90,6 +90,34 @@ def signed_log_buckets(length: int, count: int, max_distance: int) -> np.ndarray
     return np.where(np.abs(distances) <= middle, distances, wide * np.sign(distances)).astype(np.int32)
 
 
+def sinusoids(positions: Array, size: int) -> Array:
+    """Sines, then cosines, of `(b t)` positions at `size / 2` frequencies: `(b t size)` float32.
+
+    Source: Vaswani et al. 2017; matches transformers' `XGLMSinusoidalPositionalEmbedding`.
+    """
+    half = size // 2
+    steps = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1))
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(np.exp(steps))[None, None]
+    found = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(found, [(0, 0), (0, 0), (0, size % 2)])
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """ALiBi's slope of each head, float32: a geometric series; beyond a power of two, every other of a finer one.
+
+    Example:
+        >>> alibi_slopes(3).tolist()
+        [0.0625, 0.00390625, 0.25]
+
+    Source: Press et al. 2021; matches transformers' `build_alibi_tensor`.
+    """
+    power = 2 ** int(math.log2(heads))
+    base, finer = (np.float32(2 ** (-(2 ** (3 - math.log2(n))))) for n in (power, 2 * power))
+    return np.concatenate([base ** np.arange(1, power + 1), finer ** np.arange(1, 2 * (heads - power), 2)]).astype(
+        np.float32
+    )
+
+
 def last_real(mask: Array) -> Array:
     """The column of the last True of each row of `(b t)`, 0 where there is none: `(b)` int32."""
     columns = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]

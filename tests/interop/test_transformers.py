@@ -26,7 +26,7 @@ def assert_equal(a, b):
 
 
 def test_real_class_is_rebuilt_and_comes_back(loaded):
-    model = to_transformers(loaded.params, loaded.config, attn_implementation="eager")
+    model = to_transformers(loaded.params, loaded.config, attn_implementation=loaded.attention)
     assert type(model) is type(loaded.model)
     assert not model.training
     expected = loaded.model.state_dict()
