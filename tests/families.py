@@ -58,6 +58,7 @@ DEBERTA = BERT | {
     "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
     "position_buckets": 6, "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": 8,
 }  # fmt: skip
+NOMIC = BERT | {"num_attention_heads": 2}
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 NEO = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_layers": 3, "num_heads": 4, "window_size": 3,
@@ -394,6 +395,14 @@ CASES = (
     Case("deberta-v2/token-classification", "DebertaV2ForTokenClassification", DEBERTA | THREE),
     Case("deberta-v2/question-answering", "DebertaV2ForQuestionAnswering", DEBERTA | {"max_relative_positions": -1}),
     Case("deberta-v2/multiple-choice", "DebertaV2ForMultipleChoice", DEBERTA | {"type_vocab_size": 3}, token_types=3),
+    Case("nomic_bert/base", "NomicBertModel", NOMIC | {"head_dim": 6}, token_types=3),
+    Case("nomic_bert/masked-lm", "NomicBertForMaskedLM", NOMIC, token_types=3),
+    Case(
+        "nomic_bert/masked-lm/untied", "NomicBertForMaskedLM",
+        NOMIC | {"tie_word_embeddings": False, "hidden_act": "gelu", "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    Case("nomic_bert/sequence-classification", "NomicBertForSequenceClassification", NOMIC | THREE),
+    Case("nomic_bert/token-classification", "NomicBertForTokenClassification", NOMIC | THREE),
     Case("modernbert/base", "ModernBertModel", MODERNBERT | {"norm_bias": True, "global_attn_every_n_layers": 2}),
     Case("modernbert/masked-lm", "ModernBertForMaskedLM", MODERNBERT),
     Case(

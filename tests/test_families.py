@@ -362,6 +362,9 @@ MUTATIONS = {
     "other convolution": ("deberta-v2/base", {"conv_act": "tanh"}, None),
     "wrong eps deberta": ("deberta-v2/base", {"norm_eps": 1e-3}, None),
     "tanh of the first token": ("deberta-v2/multiple-choice", {"pooler_activation": "tanh"}, None),
+    "other rotary base": ("nomic_bert/base", {"rope": positions.Rope()}, None),
+    "wrong eps nomic": ("nomic_bert/base", {"norm_eps": 1e-3}, None),
+    "no factor of angles": ("nomic_bert/masked-lm/untied", {"rope": positions.Rope(theta=1000.0)}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 

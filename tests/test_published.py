@@ -88,6 +88,7 @@ PUBLISHED = {
         "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072,
     }),
     "deberta-v2-xlarge": ("DebertaV2Model", 884_593_152, DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    "nomic-embed-text-v1.5": ("NomicBertModel", 136_731_648, {}),
     "ModernBERT-large": ("ModernBertForMaskedLM", 395_881_664, {
         "hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16,
     }),

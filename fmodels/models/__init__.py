@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fmodels.models import modernbert as modernbert
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
+    from fmodels.models import nomic_bert as nomic_bert
     from fmodels.models import olmo2 as olmo2
     from fmodels.models import opt as opt
     from fmodels.models import phi as phi
@@ -101,6 +102,7 @@ FILES: dict[str, str] = {
     "modernbert": "modernbert",
     "mpnet": "mpnet",
     "mt5": "mt5",
+    "nomic_bert": "nomic_bert",
     "olmo2": "olmo2",
     "opt": "opt",
     "phi": "phi",

@@ -23,7 +23,7 @@ from fmodels.nn.embeddings import embed, lm_logits
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import columns, of_call
+from fmodels.nn.positions import Rope, columns, of_call, rope_tables
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -93,6 +93,11 @@ class Config(BaseConfig):
     @property
     def position_offset(self) -> int:
         return 0 if self.padding_index is None else self.padding_index + 1
+
+    @property
+    def rope(self) -> Rope | None:
+        """Rotary settings, where the angles do not lie in the file."""
+        return None
 
     @property
     def pooler_activation(self) -> str:
@@ -333,8 +338,9 @@ def forward(
         table = params["embed"]["distances"]
         seen = with_distances(seen, table, cache, causal=config.causal, max_distance=128, count=BUCKETS)
 
-    rope = None
-    if "sinusoids" in params["embed"]:
+    rope = None if config.rope is None else rope_tables(config.rope, places, config.head_dim, config.max_positions)
+    table = "sinusoids" in params["embed"]
+    if table:
         sines, cosines = jnp.split(take(jax.lax.stop_gradient(params["embed"]["sinusoids"]), places), 2, axis=-1)
         rope = cosines, sines
 
@@ -343,7 +349,7 @@ def forward(
             y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot)
             x = x + y
             return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
-        y, slot = attention(p["attention"], x, seen, slot=slot, rope=rope, interleaved=True)
+        y, slot = attention(p["attention"], x, seen, slot=slot, rope=rope, interleaved=table)
         x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
         return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
 

@@ -57,7 +57,7 @@ class Config(_encoder.Config):
     period: int = 3
     layer_types: tuple[str, ...] | None = None
     local_attention: int = 128
-    rope: Rope = Rope(theta=160000.0)
+    rope: Rope = Rope(theta=160000.0)  # pyright: ignore[reportIncompatibleMethodOverride]
     local_rope: Rope = Rope()
     norm_bias: bool = False
     attention_bias: bool = False
