@@ -22,6 +22,7 @@ from fmodels.generation import constraints as constraints
 from fmodels.generation.callbacks import PrefixAllowed as PrefixAllowed
 from fmodels.generation.config import GenerationConfig as GenerationConfig
 from fmodels.generation.scores import compute_transition_scores as compute_transition_scores
+from fmodels.generation.synthid import SynthID as SynthID
 from fmodels.generation.watermark import Watermark as Watermark
 from fmodels.generation.watermark import detect_watermark as detect_watermark
 from fmodels.layout import disk_names as disk_names

@@ -21,6 +21,9 @@ from fmodels.prepare import Call, bucket, prepare
 from fmodels.programs import Inputs
 from fmodels.types import Key, Params
 
+REFILL = 4
+"""As soon as one in so many rows has ended, these are refilled: prompts are read together, and few rows wait for it."""
+
 
 class Continuation(NamedTuple):
     """What was made of one prompt.
@@ -111,19 +114,19 @@ def _run(call: Call, lengths: np.ndarray, batch: int) -> list[Continuation]:
     found: dict[int, Continuation] = {}
     place = np.zeros(batch, np.int32)
     state = programs.vacant(params, config, plan, _some(inputs, place), options.take(jnp.asarray(place)), keys[place])
-    refill = max(1, batch // 4)
+    refill = max(1, batch // REFILL)
     nothing = Inputs(inputs.tokens[:0], inputs.mask[:0])
     with tqdm(total=len(lengths), desc="generate", unit="prompt", disable=None, leave=False) as bar:
         while len(found) < len(lengths):
             free = np.flatnonzero(owner < 0)
             while pending and len(free):
                 size = bucket(int(lengths[pending[0]]))
-                group = [i for i in pending[: len(free)] if bucket(int(lengths[i])) == size]
+                group = [i for i in pending[: min(refill, len(free))] if bucket(int(lengths[i])) == size]
                 pending = pending[len(group) :]
                 owner[free[: len(group)]] = group
-                count = 1 << (len(group) - 1).bit_length()  # few different numbers of rows, few programs
-                ids = np.array([*group, *[group[-1]] * (count - len(group))], np.int32)
-                places = np.array([*free[: len(group)], *[batch] * (count - len(group))], np.int32)
+                spare = refill - len(group)  # always so many rows: one program for each bucket of lengths
+                ids = np.array([*group, *[group[-1]] * spare], np.int32)
+                places = np.array([*free[: len(group)], *[batch] * spare], np.int32)
                 free = free[len(group) :]
                 state = programs.admit(
                     params, config, plan, _some(inputs, ids, size), options.take(jnp.asarray(ids)), keys[ids], state,

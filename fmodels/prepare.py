@@ -15,7 +15,8 @@ from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
 from fmodels.generation.options import Options, Processor, build
 from fmodels.generation.sample import Ask, Predicate
-from fmodels.generation.watermark import Watermark
+from fmodels.generation.synthid import SynthID
+from fmodels.generation.watermark import Watermark, settings
 from fmodels.models import Config
 from fmodels.programs import Inputs, Plan
 from fmodels.schema import LM_TASKS
@@ -429,11 +430,17 @@ def _automata(
     return Automata(grammar, stop), host
 
 
-def _watermark(options: GenerationConfig, strategy: str) -> Watermark | None:
+def _watermark(options: GenerationConfig, strategy: str) -> Watermark | SynthID | None:
     if options.watermarking_config is None:
         return None
     if strategy not in ("sample", *strategies.BEAMS):
         raise NotImplementedError(
             f"generate: watermarking_config is not supported with {strategy}; leave one of them out"
         )
-    return Watermark.from_hf(dict(options.watermarking_config))
+    watermark = settings(dict(options.watermarking_config))
+    if isinstance(watermark, SynthID) and strategy != "sample":
+        raise NotImplementedError(
+            f"generate: SynthID (watermarking_config with keys) is not supported with {strategy}, only for greedy decoding and "
+            "sampling; leave one of them out"
+        )
+    return watermark

@@ -120,7 +120,7 @@ def contrastive(
         row = jnp.arange(batch, dtype=jnp.int32) * top_k + best
         token, probability = (said.at(x, best) for x in (tokens.astype(jnp.int32), probabilities))
         column = jnp.where(alive, history.new, room)
-        new = wanted(ask, options, state.says, logits)
+        new = wanted(ask, options, state.says, logits, history)
         after = said.append(history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(after, options, stops) | (after.new >= options.max_new_tokens)
         rows = jnp.arange(batch)

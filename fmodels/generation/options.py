@@ -14,7 +14,8 @@ from fmodels.generation.config import GenerationConfig
 from fmodels.generation.constraints.automaton import allowed
 from fmodels.generation.history import Automata, History
 from fmodels.generation.logits import Bias
-from fmodels.generation.sampling import Warp
+from fmodels.generation.sampling import Warp, everyone
+from fmodels.generation.synthid import SynthID
 from fmodels.generation.watermark import Watermark
 from fmodels.types import Array
 
@@ -60,7 +61,7 @@ class Options(NamedTuple):
         begin: `()` int32, the number of new tokens at which `begin_suppress` works.
         automata: the automaton of the constraint and that of the stop strings.
         mask: `(b v)` bool, the tokens that the host allows at the next step, or None.
-        watermark: static; what it adds comes after all cuts.
+        watermark: static; it comes after all cuts.
     """
 
     rows: Rows
@@ -76,7 +77,7 @@ class Options(NamedTuple):
     begin: Array | None = None
     automata: Automata = Automata()
     mask: Array | None = None
-    watermark: Watermark | None = None
+    watermark: Watermark | SynthID | None = None
 
     @property
     def ngrams(self) -> bool:
@@ -144,8 +145,8 @@ def process(logits: Array, history: History, options: Options, processors: Seque
 
 
 def marked(logits: Array, history: History, options: Options) -> Array:
-    """With what the watermark adds, which comes after all cuts."""
-    return logits if options.watermark is None else logits + options.watermark(logits, history)
+    """With the watermark, which comes after all cuts."""
+    return logits if options.watermark is None else options.watermark.mark(logits, everyone(logits), history)
 
 
 def renormalize(logits: Array, options: Options) -> Array:
@@ -162,7 +163,7 @@ def build(
     vocabulary: int,
     prompt: int,
     automata: Automata | None = None,
-    watermark: Watermark | None = None,
+    watermark: Watermark | SynthID | None = None,
 ) -> Options:
     """The arrays of a call.
 

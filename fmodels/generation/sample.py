@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from fmodels.generation import history as said
 from fmodels.generation.history import History
-from fmodels.generation.options import Options, Processor, process, renormalize
+from fmodels.generation.options import Options, Processor, marked, process, renormalize
 from fmodels.generation.sampling import draw, row_keys, warp_logits
 from fmodels.generation.strategy import Model, Next, Result, Start, Strategy, by_choices, last
 from fmodels.nn.cache import repeat_rows
@@ -132,12 +133,13 @@ def sample(
         token, logprob = pick(logits, state.history, options, state.keys)
         history = said.append(state.history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(history, options, stops) | (history.new >= options.max_new_tokens)
+        new = wanted(ask, options, says, logits, state.history)
         return state._replace(
             history=history,
             token=jnp.where(alive, token, options.pad),
             done=state.done | ended,
             logprobs=put_column(state.logprobs, logprob, jnp.where(alive, state.history.new, room)),
-            kept=put(state.kept, wanted(ask, options, says, logits), jnp.where(alive, state.history.new, room), room),
+            kept=put(state.kept, new, jnp.where(alive, state.history.new, room), room),
         )
 
     def more(state: State) -> Array:
@@ -170,24 +172,27 @@ def pick(logits: Array, history: History, options: Options, keys: Key) -> tuple[
         options: arrays.
         keys: `(b)` random keys.
     """
-    bias = None if options.watermark is None else options.watermark(logits, history)
+    mark = None if options.watermark is None else functools.partial(options.watermark.mark, history=history)
 
     def likeliest() -> tuple[Array, Array]:
-        final = logits if bias is None else logits + bias
+        final = marked(logits, history, options)
         token = jnp.argmax(final, axis=-1)[:, None].astype(jnp.int32)
         top = jnp.take_along_axis(final, token, axis=-1)[:, 0]
         return token[:, 0], top - jax.nn.logsumexp(final, axis=-1)
 
     def drawn() -> tuple[Array, Array]:
-        now = jax.vmap(jax.random.fold_in)(keys, history.new)
-        greedy, random = likeliest(), draw(logits, options.rows.warp, now, bias)
-        token, logprob = (jnp.where(options.rows.sample, r, g) for r, g in zip(random, greedy, strict=True))
-        return token, logprob
+        return draw(logits, options.rows.warp, jax.vmap(jax.random.fold_in)(keys, history.new), mark)
 
-    return jax.lax.cond(options.rows.sample.any(), drawn, likeliest)
+    def both() -> tuple[Array, Array]:
+        return jax.tree.map(lambda r, g: jnp.where(options.rows.sample, r, g), drawn(), likeliest())
+
+    def some() -> tuple[Array, Array]:
+        return jax.lax.cond(options.rows.sample.all(), drawn, both)
+
+    return jax.lax.cond(options.rows.sample.any(), some, likeliest)
 
 
-def wanted(ask: Ask, options: Options, says: Next, logits: Array) -> dict[str, Array]:
+def wanted(ask: Ask, options: Options, says: Next, logits: Array, history: History) -> dict[str, Array]:
     """What `ask` asks for of one token of each row, by name.
 
     Args:
@@ -195,13 +200,14 @@ def wanted(ask: Ask, options: Options, says: Next, logits: Array) -> dict[str, A
         options: arrays.
         says: what the model says.
         logits: `(b v)`, processed.
+        history: of the rows, without the token.
     """
     new = {name: x for name, x in says.layers.items() if name != "hidden_states" or ask.hidden_states}
     if ask.logits:
         new["logits"] = says.logits
     if ask.scores or ask.top_logprobs:
         warped = jnp.where(options.rows.sample[:, None], warp_logits(logits, options.rows.warp), logits)
-        warped = renormalize(warped, options)
+        warped = renormalize(marked(warped, history, options), options)
         if ask.scores:
             new["scores"] = warped
         if ask.top_logprobs:

@@ -61,6 +61,8 @@ class _Ordered(NamedTuple):
         return _Ordered(jnp.where(drop, -jnp.inf, self.values), jnp.where(drop[:, -1], -jnp.inf, self.tail))
 
 
+Mark = Callable[[Array, Array], Array]
+"""`mark(values (b c), tokens (b c)) -> (b c)`: other logits for tokens; `-inf` stays."""
 _Cut = Callable[[_Ordered, Array, int], _Ordered]
 
 
@@ -198,7 +200,7 @@ def cut(name: str, logits: Array, value: Array, *, keep: int = 1) -> Array:
     return _whole(logits, lambda ordered: {**PREFIXES, **OTHERS}[name](ordered, value, keep))
 
 
-def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tuple[Array, Array]:
+def draw(logits: Array, warp: Warp, key: Key, mark: Mark | None = None) -> tuple[Array, Array]:
     """A token of each row from its warped distribution.
 
     The noise of a token depends on the row's key and the token alone (the Gumbel trick), so that it is the same whether
@@ -208,7 +210,7 @@ def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tupl
         logits: `(b v)` float32, not warped.
         warp: the parameters.
         key: random key, `()` for all rows or `(b)`, one for each.
-        bias: `(b v)`, added after the cuts.
+        mark: what is done to the logits after the cuts.
 
     Returns:
         `(b)` int32 tokens and `(b)` float32, the log of their probability in that distribution.
@@ -217,30 +219,42 @@ def draw(logits: Array, warp: Warp, key: Key, bias: Array | None = None) -> tupl
     size = min(CANDIDATES, vocabulary)
     logits = logits / warp.temperature[:, None]
     keys = key if key.ndim else row_keys(key, batch)
-    unheated = warp._replace(temperature=jnp.ones(batch))
+    unheated = warp._replace(temperature=jnp.ones_like(warp.temperature))
 
-    # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
-    values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
-    last = values[:, -1:]
-    ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them
-    tail = jnp.logaddexp(
-        jax.nn.logsumexp(jnp.where(logits < last, logits, -jnp.inf), axis=-1),
-        last[:, 0] + jnp.log(ties.astype(jnp.float32)),
-    )
-    few, complete = _cut(_Ordered(values, tail), unheated, 1)
-    complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
-
-    def of_candidates() -> tuple[Array, Array]:
-        more = 0.0 if bias is None else jnp.take_along_axis(bias, tokens, axis=-1)
-        return _likeliest(few.values + more, tokens, keys)
+    def likeliest(values: Array, tokens: Array) -> tuple[Array, Array]:
+        values = values if mark is None else mark(values, tokens)
+        # Not argmax: XLA's CPU backend would make the noise within the loop that looks for the largest, number by number.
+        place = jax.lax.top_k(values + gumbel(keys, tokens), 1)[1]
+        token, value = (jnp.take_along_axis(x, place, axis=-1)[:, 0] for x in (tokens, values))
+        return token, value - jax.nn.logsumexp(values, axis=-1)
 
     def of_all() -> tuple[Array, Array]:
-        everyone = jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32)[None], logits.shape)
-        return _likeliest(warp_logits(logits, unheated) + (0.0 if bias is None else bias), everyone, keys)
+        return likeliest(warp_logits(logits, unheated), everyone(logits))
 
-    if size == vocabulary:
-        return of_candidates()
-    return jax.lax.cond(complete.all(), of_candidates, of_all)
+    def of_few() -> tuple[Array, Array]:
+        # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
+        values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
+        tokens = tokens.astype(jnp.int32)
+        last = values[:, -1:]
+        ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them
+        tail = jnp.logaddexp(
+            jax.nn.logsumexp(jnp.where(logits < last, logits, -jnp.inf), axis=-1),
+            last[:, 0] + jnp.log(ties.astype(jnp.float32)),
+        )
+        few, complete = _cut(_Ordered(values, tail), unheated, 1)
+        complete = complete & (warp.top_k <= size)  # a larger k would have cut the tail before the other cuts saw it
+
+        def of_candidates() -> tuple[Array, Array]:
+            return likeliest(few.values, tokens)
+
+        return of_candidates() if size == vocabulary else jax.lax.cond(complete.all(), of_candidates, of_all)
+
+    return jax.lax.cond(_cuts(warp).all(), of_few, of_all)
+
+
+def everyone(logits: Array) -> Array:
+    """The numbers of all tokens, `(b v)` int32."""
+    return jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32)[None], logits.shape)
 
 
 def row_keys(key: Key, count: int) -> Key:
@@ -266,9 +280,3 @@ def gumbel(keys: Key, tokens: Array) -> Array:
         return -jnp.log(-jnp.log(uniform))
 
     return jax.vmap(of_row)(keys, tokens)
-
-
-def _likeliest(values: Array, tokens: Array, keys: Key) -> tuple[Array, Array]:
-    place = jnp.argmax(values + gumbel(keys, tokens), axis=-1)[:, None]
-    logs = jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), place, axis=-1)
-    return jnp.take_along_axis(tokens, place, axis=-1)[:, 0].astype(jnp.int32), logs[:, 0]

@@ -176,7 +176,7 @@ def speculative(
         column = jnp.where(alive, state.history.new, room)
         history = said.append(state.history, token, alive, options.automata)
         ended = is_end(token, options.eos) | stopped(history, options, stops) | (history.new >= options.max_new_tokens)
-        new = wanted(ask, options, says, logits)
+        new = wanted(ask, options, says, logits, state.history)
         state = state._replace(
             history=history,
             done=state.done | (alive & ended),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels.generation.history import History
+from fmodels.generation.synthid import SynthID
 from fmodels.types import Array
 
 TABLE = 1_000_003
@@ -58,31 +60,17 @@ class Watermark:
         if problems:
             raise ValueError("watermarking_config: " + "; ".join(problems))
 
-    @classmethod
-    def from_hf(cls, data: dict[str, Any]) -> Watermark:
-        """Reads `GenerationConfig.watermarking_config`.
-
-        Raises:
-            NotImplementedError: SynthID's.
-            TypeError: unknown names.
-        """
-        if "ngram_len" in data or "keys" in data:
-            raise NotImplementedError(
-                "watermarking_config: SynthID is not supported, only greenlists; leave ngram_len and keys out"
-            )
-        return cls(**data)
-
-    def __call__(self, logits: Array, history: History) -> Array:
-        """What to add to the logits `(b v)`, float32; the lists are made by the host, a call for each step."""
-        batch, vocabulary = logits.shape
+    def mark(self, values: Array, tokens: Array, history: History) -> Array:
+        """The logits `(b c)` of tokens `(b c)` with the mark; the lists are made by the host, a call for each step."""
+        batch, vocabulary = history.seen.shape
         columns = history.end[:, None] + jnp.arange(-self.context_width, 0, dtype=jnp.int32)[None]
         context = jnp.take_along_axis(history.tokens, jnp.maximum(columns, 0), axis=1)
-        tried = jax.lax.top_k(logits, min(TRIED, vocabulary))[1]
+        tried = jnp.take_along_axis(tokens, jax.lax.top_k(values, min(TRIED, values.shape[1]))[1], axis=1)
         shape = jax.ShapeDtypeStruct((batch, vocabulary), np.bool_)
         green = jax.pure_callback(
             self._green, shape, context, history.length, tried, vocabulary, vmap_method="sequential"
         )
-        return jnp.where(green, jnp.float32(self.bias), jnp.float32(0.0))
+        return values + jnp.where(jnp.take_along_axis(green, tokens, axis=1), jnp.float32(self.bias), jnp.float32(0.0))
 
     def _green(self, context: Any, length: Any, tried: Any, vocabulary: Any) -> np.ndarray:
         context, tried = np.asarray(context), np.asarray(tried)
@@ -137,12 +125,34 @@ def permutation(seed: int, size: int, count: int) -> list[int]:
     return numbers[:count]
 
 
+def settings(given: Watermark | SynthID | Mapping[str, Any]) -> Watermark | SynthID:
+    """The settings as `GenerationConfig.watermarking_config` has them: of SynthID where there are `ngram_len` and `keys`.
+
+    Raises:
+        TypeError: unknown or missing names.
+        ValueError: impossible values.
+        NotImplementedError: SynthID's `debug_mode`.
+
+    Example:
+        >>> settings({"bias": 3.0}).context_width, settings({"ngram_len": 5, "keys": [3, 1]}).keys
+        (1, (3, 1))
+    """
+    if not isinstance(given, Mapping):
+        return given
+    data = dict(given)
+    if not {"ngram_len", "keys"} & data.keys():
+        return Watermark(**data)
+    if data.pop("debug_mode", False):
+        raise NotImplementedError("watermarking_config: debug_mode=True is not supported; leave it out")
+    return SynthID(**data)
+
+
 class Detection(NamedTuple):
     """What a detector says of texts, `(b)` each.
 
     Attributes:
-        num_tokens_scored: how many tokens were looked at.
-        num_green_tokens: how many of them were green.
+        num_tokens_scored: how many tokens were looked at; with SynthID each counts once for each key.
+        num_green_tokens: how many of them were green; with SynthID, had the bit of the key.
         green_fraction: their share.
         z_score: by how many standard deviations there are more than by chance.
         p_value: probability of so many by chance.
@@ -159,9 +169,9 @@ class Detection(NamedTuple):
 
 def detect_watermark(
     tokens: Any,
-    watermark: Watermark | dict[str, Any],
+    watermark: Watermark | SynthID | Mapping[str, Any],
     *,
-    vocab_size: int,
+    vocab_size: int | None = None,
     bos_token_id: int | None = None,
     z_threshold: float = 3.0,
     ignore_repeated_ngrams: bool = False,
@@ -171,29 +181,37 @@ def detect_watermark(
     Args:
         tokens: `(b t)` int, best without the prompt.
         watermark: the settings with which the text was generated.
-        vocab_size: of the model.
+        vocab_size: of the model; SynthID does not need it.
         bos_token_id: where all rows begin with it, it is left out.
         z_threshold: `z_score` from which on a text is said to have the watermark.
-        ignore_repeated_ngrams: whether each n-gram counts once.
+        ignore_repeated_ngrams: whether each n-gram counts once; SynthID leaves out what follows a context that was there
+            before, always.
 
     Raises:
-        ValueError: too few tokens.
+        ValueError: too few tokens; no `vocab_size`.
 
     Example:
         >>> found = detect_watermark([[5, 9, 2, 7, 7, 1]], Watermark(), vocab_size=12)
         >>> found.num_tokens_scored.tolist(), found.num_green_tokens.tolist()
         ([5], [2])
 
-    Source: Kirchenbauer et al. 2023; matches transformers 5's `WatermarkDetector`.
+    Source: Kirchenbauer et al. 2023; matches transformers 5's `WatermarkDetector`. For SynthID, the mean score of Dathathri
+    et al. 2024, which needs no training, over the bits that transformers' `SynthIDTextWatermarkDetector` looks at.
     """
-    watermark = watermark if isinstance(watermark, Watermark) else Watermark.from_hf(dict(watermark))
+    watermark = settings(watermark)
     rows = np.asarray(tokens)
     if bos_token_id is not None and rows.size and (rows[:, 0] == bos_token_id).all():
         rows = rows[:, 1:]
-    alone = watermark.seeding_scheme == "selfhash"
-    width = watermark.context_width + (not alone)
+    alone = isinstance(watermark, Watermark) and watermark.seeding_scheme == "selfhash"
+    width = watermark.ngram_len if isinstance(watermark, SynthID) else watermark.context_width + (not alone)
     if rows.ndim != 2 or rows.shape[1] < width:
         raise ValueError(f"detect_watermark: expected (b t) with at least {width} tokens a row, got {rows.shape}")
+    if isinstance(watermark, SynthID):
+        fresh = watermark.fresh(rows)
+        green = (watermark.bits(rows) * fresh[:, :, None]).sum((1, 2))
+        return _detection(fresh.sum(1) * len(watermark.keys), green, 0.5, z_threshold)
+    if vocab_size is None:
+        raise ValueError("detect_watermark: give vocab_size, the number of tokens of the model")
     scored, green = [], []
     for row in rows.tolist():
         grams = Counter(tuple(row[i : i + width]) for i in range(len(row) - width + 1))
@@ -201,7 +219,10 @@ def detect_watermark(
         weights = dict.fromkeys(grams, 1) if ignore_repeated_ngrams else grams
         scored.append(sum(weights.values()))
         green.append(sum(count for gram, count in weights.items() if hits[gram]))
-    n, k, share = np.array(scored), np.array(green), watermark.greenlist_ratio
+    return _detection(np.array(scored), np.array(green), watermark.greenlist_ratio, z_threshold)
+
+
+def _detection(n: np.ndarray, k: np.ndarray, share: float, threshold: float) -> Detection:
     z = (k - share * n) / np.sqrt(n * share * (1 - share))
     p = np.asarray(0.5 * jax.scipy.special.erfc(jnp.asarray(z / np.sqrt(2), jnp.float32)))
-    return Detection(n, k, k / n, z, p, z > z_threshold)
+    return Detection(n, k, k / n, z, p, z > threshold)

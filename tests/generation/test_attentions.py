@@ -75,6 +75,40 @@ def test_beams(models):
     check(got, {"attentions": want.attentions}, steps=np.full(6, 7))
 
 
+OTHERS = {
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7, "num_return_sequences": 3},
+    "phrases": {"num_beams": 3, "force_words_ids": [[17, 18]], "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "dola": {"dola_layers": "low"},
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_what_transformers_5_cannot_decode(models, how):
+    """What the newest token looks at when transformers reads the whole text; of beams, along the path of each that is returned."""
+    model, params, config = models
+    tokens, mask = prompts(2, 8)
+    options = fm.GenerationConfig(output_attentions=True, pad_token_id=PAD, eos_token_id=2, **OTHERS[how])
+    got = fm.generate(params, config, tokens, mask=mask, max_new_tokens=6, options=options, key=jax.random.key(2))
+    rows = len(got.tokens)
+    real = np.repeat(mask, rows // 2, 0)
+    text = torch.tensor(np.asarray(got.tokens), dtype=torch.long)
+    there = torch.tensor(np.concatenate([real, np.ones((rows, 6), real.dtype)], 1))
+    with torch.no_grad():
+        places = (there.cumsum(-1) - 1).clamp(min=0)
+        layers = model(text, attention_mask=there, position_ids=places, output_attentions=True).attentions
+    want = np.stack([layer.numpy() for layer in layers], 1)  # (b l h t s)
+    found = np.asarray(got.outputs["attentions"])
+    lengths = np.asarray(got.lengths)
+    for row in range(rows):
+        for step in range(int(lengths[row])):
+            source = row if got.beam_indices is None else int(got.beam_indices[row, step])
+            assert source >= 0
+            np.testing.assert_allclose(found[source, step], want[row, :, :, 7 + step], atol=1e-5)
+    assert lengths.sum() > rows
+
+
 def test_goes_on_after_a_prefix(models):
     """The columns are those of the whole text, which transformers reads at once."""
     model, params, config = models

@@ -116,13 +116,16 @@ def test_drawing_from_candidates_is_drawing_from_all(kind, on):
 def test_the_noise_is_gumbel_noise(seed):
     """Of each token over the rows, of each row over the tokens, and of no token the same as of its neighbour or its row's."""
     rows, tokens = 300, 400
-    noise = np.asarray(gumbel(row_keys(jax.random.key(seed), rows), jnp.broadcast_to(jnp.arange(tokens), (rows, tokens))))
+    noise = np.asarray(
+        gumbel(row_keys(jax.random.key(seed), rows), jnp.broadcast_to(jnp.arange(tokens), (rows, tokens)))
+    )
     assert scipy.stats.kstest(noise.ravel(), scipy.stats.gumbel_r.cdf).pvalue > 1e-3
     for values in (noise, noise.T):
         levels = np.array([scipy.stats.kstest(line, scipy.stats.gumbel_r.cdf).pvalue for line in values])
         assert scipy.stats.kstest(levels, "uniform").pvalue > 1e-3
         correlations = np.corrcoef(values)[np.triu_indices(len(values), 1)] * np.sqrt(values.shape[1])
-        assert abs(correlations.mean()) < 0.03 and abs(correlations.std() - 1) < 0.03
+        assert abs(correlations.mean()) < 0.03
+        assert abs(correlations.std() - 1) < 0.03
         assert abs(correlations).max() < 6
 
 
