@@ -59,6 +59,8 @@ DEBERTA = BERT | {
     "position_buckets": 6, "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": 8,
 }  # fmt: skip
 NOMIC = BERT | {"num_attention_heads": 2}
+BIGBIRD = BERT | {"attention_type": "original_full", "bos_token_id": 1, "eos_token_id": 2}
+BLOCKS = BIGBIRD | {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 NEO = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_layers": 3, "num_heads": 4, "window_size": 3,
@@ -99,6 +101,7 @@ class Case:
         config: of its config.
         options: of its constructor.
         token_types: how many token types to draw from, or None.
+        length: of the texts.
         untie: give the built model a head of its own, where its config cannot.
     """
 
@@ -107,6 +110,7 @@ class Case:
     config: dict[str, Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     token_types: int | None = None
+    length: int = 7
     untie: bool = False
 
     @property
@@ -403,6 +407,17 @@ CASES = (
     ),
     Case("nomic_bert/sequence-classification", "NomicBertForSequenceClassification", NOMIC | THREE),
     Case("nomic_bert/token-classification", "NomicBertForTokenClassification", NOMIC | THREE),
+    Case("big_bird/base", "BigBirdModel", BIGBIRD, token_types=3),
+    Case("big_bird/base/blocks", "BigBirdModel", BLOCKS, token_types=3, length=16),
+    Case("big_bird/base/no-pooler-blocks", "BigBirdModel", BLOCKS, {"add_pooling_layer": False}, length=20),
+    Case("big_bird/masked-lm", "BigBirdForMaskedLM", BLOCKS | {"block_size": 1}, length=12),
+    Case("big_bird/masked-lm/untied", "BigBirdForMaskedLM", BIGBIRD | {"tie_word_embeddings": False, "use_bias": False}),
+    Case("big_bird/causal-lm", "BigBirdForCausalLM", BIGBIRD | {"is_decoder": True, "rescale_embeddings": True}),
+    Case("big_bird/pretraining", "BigBirdForPreTraining", BIGBIRD, token_types=3),
+    Case("big_bird/sequence-classification", "BigBirdForSequenceClassification", BIGBIRD | THREE),
+    Case("big_bird/token-classification", "BigBirdForTokenClassification", BLOCKS | THREE, length=16),
+    Case("big_bird/question-answering", "BigBirdForQuestionAnswering", BIGBIRD | {"sep_token_id": 16}),
+    Case("big_bird/multiple-choice", "BigBirdForMultipleChoice", BIGBIRD, token_types=3),
     Case("modernbert/base", "ModernBertModel", MODERNBERT | {"norm_bias": True, "global_attn_every_n_layers": 2}),
     Case("modernbert/masked-lm", "ModernBertForMaskedLM", MODERNBERT),
     Case(
@@ -526,9 +541,9 @@ def load(case: Case, root: Path) -> Loaded:
     return Loaded(case, model, folder, *fm.load(folder))
 
 
-def inputs(case: Case, padding: str | None = None, length: int = 7) -> dict[str, np.ndarray]:
+def inputs(case: Case, padding: str | None = None) -> dict[str, np.ndarray]:
     """Two rows (of three choices, where there are choices), the odd ones padded by three."""
-    random = np.random.default_rng(len(case.name))
+    random, length = np.random.default_rng(len(case.name)), case.length
     shape = (2, length) if case.choices is None else (2, case.choices, length)
     mask = np.ones(shape, np.int32)
     if padding is not None:

@@ -365,6 +365,10 @@ MUTATIONS = {
     "other rotary base": ("nomic_bert/base", {"rope": positions.Rope()}, None),
     "wrong eps nomic": ("nomic_bert/base", {"norm_eps": 1e-3}, None),
     "no factor of angles": ("nomic_bert/masked-lm/untied", {"rope": positions.Rope(theta=1000.0)}, None),
+    "full for sparse": ("big_bird/base/blocks", {"attention_type": "original_full"}, None),
+    "no more blocks": ("big_bird/base/blocks", {"num_random_blocks": 0}, None),
+    "other blocks": ("big_bird/base/no-pooler-blocks", {"block_size": 3}, None),
+    "embedding as it is": ("big_bird/causal-lm", {"rescale_embeddings": False}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 
@@ -408,6 +412,19 @@ def test_signed_buckets_are_those_of_transformers():
         text = torch.zeros(1, length, 1)
         want = build_relative_position(text, text, count, longest)[0].numpy()
         assert np.array_equal(positions.signed_log_buckets(length, count, longest), want), (length, count, longest)
+
+
+def test_blocks_of_any_length():
+    """A text whose last block is not full, and more than one block that transformers draws; only what it cuts back."""
+    row = families.by_name("big_bird/masked-lm")
+    row = dataclasses.replace(row, config=row.config | {"block_size": 2, "num_random_blocks": 2}, length=23)
+    model, given = families.build(row), families.inputs(row, "right")
+    config = fm.models.big_bird.Config.from_hf(model.config.to_dict() | {"architectures": [row.architecture]})
+    params = fm.from_disk({name: tensor.numpy() for name, tensor in model.state_dict().items()}, config)
+    got = fm.forward(params, config, given["tokens"], mask=given["mask"])
+    with torch.no_grad():
+        want = {"logits": model(*(torch.tensor(given[name]) for name in ("tokens", "mask"))).logits.numpy()}
+    families.assert_equal(got, want, given["mask"], causal=False)
 
 
 @pytest.mark.parametrize("mutation", ["direction", "causal encoder", "offset", "cross mask"])

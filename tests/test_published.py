@@ -89,6 +89,7 @@ PUBLISHED = {
     }),
     "deberta-v2-xlarge": ("DebertaV2Model", 884_593_152, DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}),
     "nomic-embed-text-v1.5": ("NomicBertModel", 136_731_648, {}),
+    "bigbird-roberta-base": ("BigBirdForPreTraining", 128_112_824, {}),
     "ModernBERT-large": ("ModernBertForMaskedLM", 395_881_664, {
         "hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16,
     }),

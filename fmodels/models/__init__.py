@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fmodels.models import albert as albert
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
+    from fmodels.models import big_bird as big_bird
     from fmodels.models import bloom as bloom
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
@@ -82,6 +83,7 @@ FILES: dict[str, str] = {
     "albert": "albert",
     "bart": "bart",
     "bert": "bert",
+    "big_bird": "big_bird",
     "bloom": "bloom",
     "camembert": "camembert",
     "cohere": "cohere",
