@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from fmodels import schema, tree
 from fmodels.models import Config, family
+from fmodels.nn import kernels
 from fmodels.nn.experts import check_how
 from fmodels.types import Array, Cache, Keep, Key, Output, Params
 
@@ -68,6 +69,7 @@ def forward(
     attentions: bool = False,
     router_logits: bool = False,
     experts: str | None = None,
+    attention: str = "xla",
 ) -> Output:
     """Runs the model; what comes out depends on `config.task`.
 
@@ -94,13 +96,16 @@ def forward(
         router_logits: also return what the routers of a mixture of experts gave; for `load_balancing_loss`.
         experts: how a mixture runs its experts: `"grouped"`, the tokens sorted by expert; `"dense"`, all experts on all
             tokens; None for the platform's own, dense on CPU. The numbers are the same. Under `vmap` only dense.
+        attention: the kernel of attention: `"xla"`, everywhere and the one with transformers' numbers; `"cudnn"` on NVIDIA's
+            GPUs in float16 or bfloat16; `"splash"` on TPUs, for texts and heads of a multiple of 128.
 
     Returns:
         An `Output`; logits are float32.
 
     Raises:
         ValueError: wrong shapes; no tokens; inputs that the model does not take; tokens outside of the vocabulary or
-            positions beyond the table (these two are only seen outside of `jit`).
+            positions beyond the table (these two are only seen outside of `jit`); a kernel that the platform does not have,
+            or that does not fit the shapes, the dtype or the model.
 
     Example:
         >>> import jax, fmodels as fm
@@ -109,6 +114,11 @@ def forward(
         True
     """
     keep = Keep(hidden_states, attentions, router_logits)
+    kernel = kernels.check(attention)
+    if attentions and kernel != "xla":
+        raise ValueError(
+            f"forward: attention={attention!r} has no weights to return; leave attention or attentions out"
+        )
     asked = {} if experts is None else {"experts": check_how(experts)}
     if (asked or router_logits) and not hasattr(config, "num_experts"):
         raise ValueError(f"forward: {config.model_type} has no experts; leave experts and router_logits out")
@@ -116,7 +126,7 @@ def forward(
         if token_types is not None:
             raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
         pairs, given = _pair(params, config, tokens, mask, decoder_tokens, decoder_mask, positions, cache)
-        return _forward(params, config, pairs, **given, cache=cache, select=select, keep=keep)
+        return _forward(params, config, pairs, kernel, **given, cache=cache, select=select, keep=keep)
     if decoder_tokens is not None or decoder_mask is not None:
         raise ValueError(
             f"forward: {config.model_type} of task {config.task!r} is one stack of layers; pass tokens and mask in place "
@@ -131,7 +141,7 @@ def forward(
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    out = _forward(params, config, tokens, **arrays, cache=cache, select=select, keep=keep, **asked)
+    out = _forward(params, config, tokens, kernel, **arrays, cache=cache, select=select, keep=keep, **asked)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
 
 
@@ -200,9 +210,10 @@ def _check_ends(config: Config, tokens: Array, decoder_tokens: Array) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep", "experts"))
-def _forward(params: Params, config: Config, tokens: Array | None, **inputs: Any) -> Output:
-    return family(config).forward(params, config, tokens, **inputs)
+@functools.partial(jax.jit, static_argnames=("config", "kernel", "keep", "experts"))
+def _forward(params: Params, config: Config, tokens: Array | None, kernel: str, **inputs: Any) -> Output:
+    with kernels.using(kernel):
+        return family(config).forward(params, config, tokens, **inputs)
 
 
 def _unflatten_choices(out: Output, config: Config, lead: tuple[int, ...]) -> Output:

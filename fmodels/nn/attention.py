@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels.arrays import precision, take
+from fmodels.nn import kernels
 from fmodels.nn.cache import NO_SLOT, Slot, columns_of, read, write
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import distance_buckets, from_mask, rotate
@@ -240,13 +241,20 @@ def attention(
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     context, weights = dot_product(query, parts, scale, cap=cap, sinks=params.get("sinks"))
-    slot = slot.keep(weights[0] if len(weights) == 1 else by_slot(weights[0], weights[1], slot))
+    slot = keep(slot, weights)
     if slot.keys is not None:
         slot = write(slot, key, value, context)
     return linear(params["output"], context, "bthk,dhk->btd"), slot
 
 
-def by_slot(old: Array, new: Array, slot: Slot) -> Array:
+def keep(slot: Slot, weights: list[Array]) -> Slot:
+    """The slot with the weights of an attention, of what is in the cache and of the new tokens, if they are asked for."""
+    if slot.weights is None:
+        return slot
+    return slot.keep(weights[0] if len(weights) == 1 else _by_slot(weights[0], weights[1], slot))
+
+
+def _by_slot(old: Array, new: Array, slot: Slot) -> Array:
     """The weights of the slots `(b h t s)` with those of the new tokens `(b h t t)`, by columns of the cache."""
     if old.shape[-1] < slot.columns:
         columns = jnp.arange(slot.columns, dtype=jnp.int32)[None]
@@ -277,7 +285,7 @@ def cross_attention(
     query = linear(params["query"], x, "btd,hkd->bthk")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     context, weights = dot_product(query, [Part(*read, mask[:, None, :])], scale)
-    return linear(params["output"], context, "bthk,dhk->btd"), slot.keep(weights[0])
+    return linear(params["output"], context, "bthk,dhk->btd"), keep(slot, weights)
 
 
 def keys_and_values(params: Params, x: Array) -> tuple[Array, Array]:
@@ -302,8 +310,11 @@ def dot_product(
         sinks: `(h)`, the score of one more key of each head, whose value is 0.
 
     Returns:
-        `(b t h k)`, with the values' `k`, and the weights of each part `(b h t s)`.
+        `(b t h k)`, with the values' `k`, and the weights of each part `(b h t s)`; without weights where another kernel
+        than XLA's is chosen.
     """
+    if (kernel := kernels.chosen()) is not None:
+        return _by_kernel(kernel, query, parts, scale, cap=cap, sinks=sinks), []
     b, t, h, k = query.shape
     groups = parts[0][0].shape[1]
     each = h // groups
@@ -339,3 +350,19 @@ def dot_product(
     return jnp.asarray(context).reshape(b, h, t, parts[0].values.shape[-1]).swapaxes(1, 2), [
         w.reshape(b, h, t, -1) for w in weights
     ]
+
+
+def _by_kernel(kernel: Callable[..., Array], query: Array, parts: Sequence[Part], scale: Any, **rest: Any) -> Array:
+    """`dot_product` by one of `kernels.KERNELS`, with all parts in a row."""
+    b, t, h, _ = query.shape
+    keys, values = (
+        jnp.concatenate(x, axis=2).astype(query.dtype) for x in ([p.keys for p in parts], [p.values for p in parts])
+    )
+    seen = jnp.concatenate([jnp.broadcast_to(p.seen, (b, t, p.seen.shape[-1])) for p in parts], axis=-1)
+    seen = seen | ~seen.any(-1, keepdims=True)  # who sees nothing sees all: no kernel divides by nothing
+    bias = None
+    if any(p.bias is not None for p in parts):
+        biases = [jnp.zeros((1, 1, 1, p.seen.shape[-1])) if p.bias is None else p.bias for p in parts]
+        bias = jnp.concatenate([jnp.broadcast_to(x, (b, h, t, x.shape[-1])) for x in biases], axis=-1)
+    scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    return kernel(scaled, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen, bias, **rest)

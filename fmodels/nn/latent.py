@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fmodels.arrays import plain, precision
-from fmodels.nn.attention import Attend, Part, by_slot, dot_product
+from fmodels.nn.attention import Attend, Part, dot_product, keep
 from fmodels.nn.cache import NO_SLOT, Slot, read, write
 from fmodels.nn.linear import linear
 from fmodels.nn.norms import rms_norm
@@ -63,7 +63,6 @@ def latent_attention(
         values = linear(params["value_up"], latent, "btz,hkz->bthk")
         parts = [Part(keys.swapaxes(1, 2), values.swapaxes(1, 2), seen.new)]
         context, weights = dot_product(jnp.concatenate([still, turned], axis=-1), parts, scale)
-        kept = weights[0]
     else:
         full = precision(x.dtype)
         up, down = (plain(params[name]["weight"]).astype(x.dtype) for name in ("key_up", "value_up"))
@@ -76,8 +75,7 @@ def latent_attention(
         parts = [part(turned_keys, latents, seen.old), part(key.swapaxes(1, 2), latent[:, None], seen.new)]
         context, weights = dot_product(jnp.concatenate([still, turned], axis=-1), parts, scale)
         context = jnp.einsum("bthz,hkz->bthk", context, down, precision=full)
-        kept = by_slot(weights[0], weights[1], slot)
-    slot = slot.keep(kept)
+    slot = keep(slot, weights)
     if slot.keys is not None:
         slot = write(slot, key, latent[:, :, None], context[..., :1])
     return linear(params["output"], context, "bthk,dhk->btd"), slot
