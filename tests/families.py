@@ -50,6 +50,17 @@ GEMMA2 = LLAMA | {"sliding_window": 3, "query_pre_attn_scalar": 7}
 GRANITE = LLAMA | {
     "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.7,
 }  # fmt: skip
+MODERNBERT = SIZES | {
+    "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "local_attention": 5, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+DEBERTA = BERT | {
+    "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False,
+    "position_buckets": 6, "share_att_key": True, "norm_rel_ebd": "layer_norm", "max_relative_positions": 8,
+}  # fmt: skip
+NOMIC = BERT | {"num_attention_heads": 2}
+BIGBIRD = BERT | {"attention_type": "original_full", "bos_token_id": 1, "eos_token_id": 2}
+BLOCKS = BIGBIRD | {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1}
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 NEO = SIZES | {
     "max_position_embeddings": 32, "hidden_size": 24, "intermediate_size": 37, "num_layers": 3, "num_heads": 4, "window_size": 3,
@@ -78,6 +89,7 @@ DEEPSEEK = SIZES | {
     "num_experts_per_tok": 3,
 }  # fmt: skip
 MIXED = ["sliding_attention", "full_attention", "full_attention"]
+LOCAL = ["sliding_attention"] * 2 + ["full_attention"] * 2
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 3.0, 5.0], "rope_theta": 100.0}
 NESTED = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
@@ -100,6 +112,7 @@ class Case:
         config: of its config.
         options: of its constructor.
         token_types: how many token types to draw from, or None.
+        length: of the texts.
         untie: give the built model a head of its own, where its config cannot.
     """
 
@@ -108,6 +121,7 @@ class Case:
     config: dict[str, Any]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     token_types: int | None = None
+    length: int = 7
     untie: bool = False
 
     @property
@@ -426,6 +440,60 @@ CASES = (
     Case("roformer/token-classification", "RoFormerForTokenClassification", ROFORMER | {"embedding_size": 14} | THREE),
     Case("roformer/question-answering", "RoFormerForQuestionAnswering", ROFORMER | {"embedding_size": 14}),
     Case("roformer/multiple-choice", "RoFormerForMultipleChoice", ROFORMER | {"embedding_size": 14}, token_types=3),
+    Case("deberta-v2/base", "DebertaV2Model", DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    Case(
+        "deberta-v2/base/distances", "DebertaV2Model",
+        BERT | {"relative_attention": True, "pos_att_type": "c2p|p2c", "max_relative_positions": 3}, token_types=3,
+    ),
+    Case("deberta-v2/base/content", "DebertaV2Model", BERT | {"type_vocab_size": 0, "pos_att_type": ["c2p"]}),
+    Case("deberta-v2/masked-lm", "DebertaV2ForMaskedLM", DEBERTA | {"pos_att_type": ["p2c"], "share_att_key": False}),
+    Case("deberta-v2/masked-lm/untied", "DebertaV2ForMaskedLM", DEBERTA | {"tie_word_embeddings": False, "conv_kernel_size": 5}),
+    Case("deberta-v2/masked-lm/new-head", "DebertaV2ForMaskedLM", DEBERTA | {"legacy": False}),
+    Case(
+        "deberta-v2/sequence-classification", "DebertaV2ForSequenceClassification",
+        DEBERTA | THREE | {"pos_att_type": ["c2p"], "share_att_key": False, "norm_rel_ebd": "none", "pooler_hidden_act": "tanh"},
+    ),
+    Case("deberta-v2/token-classification", "DebertaV2ForTokenClassification", DEBERTA | THREE),
+    Case("deberta-v2/question-answering", "DebertaV2ForQuestionAnswering", DEBERTA | {"max_relative_positions": -1}),
+    Case("deberta-v2/multiple-choice", "DebertaV2ForMultipleChoice", DEBERTA | {"type_vocab_size": 3}, token_types=3),
+    Case("nomic_bert/base", "NomicBertModel", NOMIC | {"head_dim": 6}, token_types=3),
+    Case("nomic_bert/masked-lm", "NomicBertForMaskedLM", NOMIC, token_types=3),
+    Case(
+        "nomic_bert/masked-lm/untied", "NomicBertForMaskedLM",
+        NOMIC | {"tie_word_embeddings": False, "hidden_act": "gelu", "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    Case("nomic_bert/sequence-classification", "NomicBertForSequenceClassification", NOMIC | THREE),
+    Case("nomic_bert/token-classification", "NomicBertForTokenClassification", NOMIC | THREE),
+    Case("big_bird/base", "BigBirdModel", BIGBIRD, token_types=3),
+    Case("big_bird/base/blocks", "BigBirdModel", BLOCKS, token_types=3, length=16),
+    Case("big_bird/base/no-pooler-blocks", "BigBirdModel", BLOCKS, {"add_pooling_layer": False}, length=20),
+    Case("big_bird/masked-lm", "BigBirdForMaskedLM", BLOCKS | {"block_size": 1}, length=12),
+    Case("big_bird/masked-lm/untied", "BigBirdForMaskedLM", BIGBIRD | {"tie_word_embeddings": False, "use_bias": False}),
+    Case("big_bird/causal-lm", "BigBirdForCausalLM", BIGBIRD | {"is_decoder": True, "rescale_embeddings": True}),
+    Case("big_bird/pretraining", "BigBirdForPreTraining", BIGBIRD, token_types=3),
+    Case("big_bird/sequence-classification", "BigBirdForSequenceClassification", BIGBIRD | THREE),
+    Case("big_bird/token-classification", "BigBirdForTokenClassification", BLOCKS | THREE, length=16),
+    Case("big_bird/question-answering", "BigBirdForQuestionAnswering", BIGBIRD | {"sep_token_id": 16}),
+    Case("big_bird/multiple-choice", "BigBirdForMultipleChoice", BIGBIRD, token_types=3),
+    Case("modernbert/base", "ModernBertModel", MODERNBERT | {"norm_bias": True, "global_attn_every_n_layers": 2}),
+    Case("modernbert/masked-lm", "ModernBertForMaskedLM", MODERNBERT),
+    Case(
+        "modernbert/masked-lm/untied-biases", "ModernBertForMaskedLM",
+        MODERNBERT | {
+            "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True,
+            "classifier_activation": "silu", "hidden_activation": "relu", "rope_parameters": NESTED,
+        },
+    ),
+    Case("modernbert/masked-lm/no-bias", "ModernBertForMaskedLM", MODERNBERT | {"decoder_bias": False, "layer_types": LOCAL}),
+    Case("modernbert/sequence-classification", "ModernBertForSequenceClassification", MODERNBERT | THREE),
+    Case(
+        "modernbert/sequence-classification/mean", "ModernBertForSequenceClassification",
+        MODERNBERT | THREE | {"classifier_pooling": "mean"},
+    ),
+    Case("modernbert/token-classification", "ModernBertForTokenClassification", MODERNBERT | THREE),
+    Case("modernbert/question-answering", "ModernBertForQuestionAnswering", MODERNBERT | {"local_attention": 2}),
+    Case("modernbert/multiple-choice", "ModernBertForMultipleChoice", MODERNBERT | {"classifier_pooling": "cls"}),
+    Case("modernbert/multiple-choice/mean", "ModernBertForMultipleChoice", MODERNBERT | {"classifier_pooling": "mean"}),
     Case("t5/base", "T5Model", T5 | {"feed_forward_proj": "gelu_new"}),
     Case("t5/seq2seq-lm", "T5ForConditionalGeneration", T5),
     Case("t5/seq2seq-lm/unscaled", "T5ForConditionalGeneration", GATED | {"tie_word_embeddings": False}),
@@ -533,9 +601,9 @@ def load(case: Case, root: Path) -> Loaded:
     return Loaded(case, model, folder, *fm.load(folder))
 
 
-def inputs(case: Case, padding: str | None = None, length: int = 7) -> dict[str, np.ndarray]:
+def inputs(case: Case, padding: str | None = None) -> dict[str, np.ndarray]:
     """Two rows (of three choices, where there are choices), the odd ones padded by three."""
-    random = np.random.default_rng(len(case.name))
+    random, length = np.random.default_rng(len(case.name)), case.length
     shape = (2, length) if case.choices is None else (2, case.choices, length)
     mask = np.ones(shape, np.int32)
     if padding is not None:

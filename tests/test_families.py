@@ -436,6 +436,30 @@ MUTATIONS = {
     "padding counts": ("roberta/base", {"pad_token_id": 2}, None),
     "other order": ("albert/base", {"num_layers": 5}, None),
     "no distances": ("mpnet/base", {}, "embed.distances"),
+    "wider reach": ("modernbert/masked-lm", {"local_attention": 6}, None),
+    "narrower reach": ("modernbert/masked-lm", {"local_attention": 3}, None),
+    "reach in other layers": (
+        "modernbert/base",
+        {"layer_types": ("full_attention",) * 2 + ("sliding_attention",) * 2},
+        None,
+    ),
+    "one rotary base in an encoder": ("modernbert/masked-lm", {"local_rope": positions.Rope(theta=160000.0)}, None),
+    "wrong eps modernbert": ("modernbert/masked-lm", {"norm_eps": 1e-3}, None),
+    "first token": ("modernbert/sequence-classification/mean", {"classifier_pooling": "cls"}, None),
+    "distances from the key": ("deberta-v2/base/distances", {"pos_att_type": ("c2p",)}, None),
+    "other buckets": ("deberta-v2/base", {"max_relative_positions": 12}, None),
+    "distances as they are": ("deberta-v2/masked-lm", {}, "embed.distance_norm"),
+    "no convolution": ("deberta-v2/base", {}, "conv"),
+    "other convolution": ("deberta-v2/base", {"conv_act": "tanh"}, None),
+    "wrong eps deberta": ("deberta-v2/base", {"norm_eps": 1e-3}, None),
+    "tanh of the first token": ("deberta-v2/multiple-choice", {"pooler_activation": "tanh"}, None),
+    "other rotary base": ("nomic_bert/base", {"rope": positions.Rope()}, None),
+    "wrong eps nomic": ("nomic_bert/base", {"norm_eps": 1e-3}, None),
+    "no factor of angles": ("nomic_bert/masked-lm/untied", {"rope": positions.Rope(theta=1000.0)}, None),
+    "full for sparse": ("big_bird/base/blocks", {"attention_type": "original_full"}, None),
+    "no more blocks": ("big_bird/base/blocks", {"num_random_blocks": 0}, None),
+    "other blocks": ("big_bird/base/no-pooler-blocks", {"block_size": 3}, None),
+    "embedding as it is": ("big_bird/causal-lm", {"rescale_embeddings": False}, None),
     "no projection bias": ("electra/base", {}, "embed.projection.bias"),
 }
 
@@ -467,6 +491,31 @@ def test_buckets_are_those_of_transformers():
             want = T5Attention._relative_position_bucket(torch.tensor(far), not causal, count, longest).numpy()
             got = positions.distance_buckets(jnp.asarray(far), count, causal=causal, max_distance=longest)
             assert np.array_equal(got, want), (causal, count, longest)
+
+
+def test_signed_buckets_are_those_of_transformers():
+    """Every distance, also where float32 logarithms fall on the edge of a bucket."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
+    for length, count, longest in (
+        (1030, 256, 512), (600, 256, 1024), (40, 4, 8), (70, 32, 64), (9, -1, 4), (300, 100, 128), (120, 256, 128),
+    ):  # fmt: skip
+        text = torch.zeros(1, length, 1)
+        want = build_relative_position(text, text, count, longest)[0].numpy()
+        assert np.array_equal(positions.signed_log_buckets(length, count, longest), want), (length, count, longest)
+
+
+def test_blocks_of_any_length():
+    """A text whose last block is not full, and more than one block that transformers draws; only what it cuts back."""
+    row = families.by_name("big_bird/masked-lm")
+    row = dataclasses.replace(row, config=row.config | {"block_size": 2, "num_random_blocks": 2}, length=23)
+    model, given = families.build(row), families.inputs(row, "right")
+    config = fm.models.big_bird.Config.from_hf(model.config.to_dict() | {"architectures": [row.architecture]})
+    params = fm.from_disk({name: tensor.numpy() for name, tensor in model.state_dict().items()}, config)
+    got = fm.forward(params, config, given["tokens"], mask=given["mask"])
+    with torch.no_grad():
+        want = {"logits": model(*(torch.tensor(given[name]) for name in ("tokens", "mask"))).logits.numpy()}
+    families.assert_equal(got, want, given["mask"], causal=False)
 
 
 @pytest.mark.parametrize("mutation", ["direction", "causal encoder", "offset", "cross mask"])

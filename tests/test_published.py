@@ -11,6 +11,10 @@ from fmodels.weights import rules
 from tests import families
 
 GEMMA = {"vocab_size": 256000, "tie_word_embeddings": True}
+DEBERTA = {
+    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "position_biased_input": False,
+}  # fmt: skip
 PUBLISHED = {
     "Llama-3.1-70B": ("LlamaForCausalLM", 70_553_706_496, {
         "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -88,6 +92,15 @@ PUBLISHED = {
     "albert-xxlarge-v2": ("AlbertForMaskedLM", 206_368_944, {}),
     "electra-small": ("ElectraForPreTraining", 13_549_057, {}),
     "all-mpnet-base-v2": ("MPNetModel", 109_486_464, {"max_position_embeddings": 514}),
+    "deberta-v3-small": ("DebertaV2ForMaskedLM", 142_024_548, DEBERTA | {
+        "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072,
+    }),
+    "deberta-v2-xlarge": ("DebertaV2Model", 884_593_152, DEBERTA | {"conv_kernel_size": 3, "conv_act": "gelu"}),
+    "nomic-embed-text-v1.5": ("NomicBertModel", 136_731_648, {}),
+    "bigbird-roberta-base": ("BigBirdForPreTraining", 128_112_824, {}),
+    "ModernBERT-large": ("ModernBertForMaskedLM", 395_881_664, {
+        "hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16,
+    }),
     "distilbert-base": ("DistilBertForMaskedLM", 66_985_530, {}),
 }  # fmt: skip
 """Name -> transformers' class, numbers of the model (a tied head once), config."""

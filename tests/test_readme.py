@@ -3,9 +3,11 @@
 `python -m tests.test_readme` rewrites the tables.
 """
 
+import inspect
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -20,12 +22,25 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-def tree_picture() -> str:
-    """The axes table, leaves with the same axes on one line."""
+SHOWN = ("gpt2", "llama", "bert")
+"""The families whose leaves the README shows."""
+
+
+def used(name: str) -> set[str]:
+    """The lines of the table of axes of a family's leaves."""
+    weights = FAMILIES[name].weights
+    return {schema.line(leaf) for rule in weights.rules for leaf in rule.leaves}
+
+
+def tree_picture(paths: Iterable[str] | None = None) -> str:
+    """The lines of the axes table, leaves with the same axes on one line; those of `SHOWN` if None."""
+    shown = set().union(*map(used, SHOWN)) if paths is None else set(paths)
     groups: dict[tuple[str, str], list[str]] = {}
     for path, axes in schema.AXES.items():
         if path.endswith("bias") and path.removesuffix("bias").removesuffix("spare_") + "weight" in schema.AXES:
             continue  # a bias has the output axes of its weight
+        if path not in shown:
+            continue
         parent, _, leaf = path.rpartition(".")
         groups.setdefault((parent, axes), []).append(leaf)
     lines: dict[tuple[str, str, str], list[str]] = {}
@@ -43,12 +58,43 @@ def tree_picture() -> str:
     return "\n".join(["```", *(f"{left:66}{right}".rstrip() for left, right in pairs), "```"])
 
 
+def whole_tree() -> str:
+    return tree_picture(schema.AXES)
+
+
+def letters() -> str:
+    return "; ".join(f"`{letter}` {name}" for letter, name in schema.LETTERS.items() if letter in schema.SIZES) + "."
+
+
+def kind(name: str) -> str:
+    """`"encoder-decoder"`, `"decoder"` or `"encoder"`."""
+    tasks = FAMILIES[name].config.ARCHITECTURES
+    if "seq2seq-lm" in tasks:
+        return "encoder-decoder"
+    return "encoder" if "masked-lm" in tasks else "decoder"
+
+
 def families() -> str:
-    rows = ["| model_type | tasks |", "|---|---|"]
-    names: dict[str, list[str]] = {}
+    """The names of all families, a line for each kind."""
+    rows = []
+    for one in ("decoder", "encoder", "encoder-decoder"):
+        names = [f"`{name}`" for name in sorted(FAMILIES) if kind(name) == one]
+        rows.append(f"- {len(names)} {one}s: {', '.join(names)}")
+    return "\n".join(rows)
+
+
+def table() -> str:
+    """What each family can do."""
+    rows = ["| model_type | kind | tasks | generate | prune heads | file | lines |", "|---|---|---|---|---|---|---:|"]
     for name, family in sorted(FAMILIES.items()):
-        names.setdefault(", ".join(family.config.ARCHITECTURES), []).append(name)
-    rows += [f"| {', '.join(same)} | {tasks} |" for tasks, same in names.items()]
+        tasks = family.config.ARCHITECTURES
+        file = Path(inspect.getfile(family.config))
+        cells = (
+            name, kind(name), ", ".join(tasks), "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else "",
+            "" if kind(name) == "encoder-decoder" else "yes", f"[{file.name}](fmodels/models/{file.name})",
+            str(len(file.read_text().splitlines())),
+        )  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -77,11 +123,16 @@ def bench() -> str:
     return "\n".join(rows)
 
 
-GENERATED = {"tree": tree_picture, "families": families, "formats": formats, "bench": bench}
+GENERATED = {
+    README: {"tree": tree_picture, "families": families, "formats": formats, "bench": bench},
+    ROOT / "FAMILIES.md": {"table": table, "whole tree": whole_tree, "letters": letters},
+}
+"""File -> what is generated in it."""
 
 
-def written(text: str) -> str:
-    for name, make in GENERATED.items():
+def written(file: Path) -> str:
+    text = file.read_text()
+    for name, make in GENERATED[file].items():
         text = re.sub(
             rf"<!-- {name} -->\n.*?<!-- /{name} -->",
             lambda _, n=name, m=make: f"<!-- {n} -->\n{m()}\n<!-- /{n} -->",
@@ -96,10 +147,11 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in fences if name == language]
 
 
-def test_tables_are_those_of_the_code():
-    text = README.read_text()
-    assert all(f"<!-- {name} -->" in text for name in GENERATED)
-    assert text == written(text), "run: python -m tests.test_readme"
+@pytest.mark.parametrize("file", GENERATED, ids=lambda file: file.name)
+def test_tables_are_those_of_the_code(file):
+    text = file.read_text()
+    assert all(f"<!-- {name} -->" in text for name in GENERATED[file])
+    assert text == written(file), "run: python -m tests.test_readme"
 
 
 def test_is_short():
@@ -133,4 +185,5 @@ def test_commands_work(command, tmp_path, monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for file in GENERATED:
+        file.write_text(written(file))

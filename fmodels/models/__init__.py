@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from fmodels.models import albert as albert
     from fmodels.models import bart as bart
     from fmodels.models import bert as bert
+    from fmodels.models import big_bird as big_bird
     from fmodels.models import bloom as bloom
     from fmodels.models import camembert as camembert
     from fmodels.models import cohere as cohere
+    from fmodels.models import deberta_v2 as deberta_v2
     from fmodels.models import deepseek_v3 as deepseek_v3
     from fmodels.models import distilbert as distilbert
     from fmodels.models import electra as electra
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
     from fmodels.models import llama as llama
     from fmodels.models import mistral as mistral
     from fmodels.models import mixtral as mixtral
+    from fmodels.models import modernbert as modernbert
     from fmodels.models import mpnet as mpnet
     from fmodels.models import mt5 as mt5
+    from fmodels.models import nomic_bert as nomic_bert
     from fmodels.models import olmo2 as olmo2
     from fmodels.models import opt as opt
     from fmodels.models import phi as phi
@@ -84,9 +88,11 @@ FILES: dict[str, str] = {
     "albert": "albert",
     "bart": "bart",
     "bert": "bert",
+    "big_bird": "big_bird",
     "bloom": "bloom",
     "camembert": "camembert",
     "cohere": "cohere",
+    "deberta-v2": "deberta_v2",
     "deepseek_v3": "deepseek_v3",
     "distilbert": "distilbert",
     "electra": "electra",
@@ -103,8 +109,10 @@ FILES: dict[str, str] = {
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",
+    "modernbert": "modernbert",
     "mpnet": "mpnet",
     "mt5": "mt5",
+    "nomic_bert": "nomic_bert",
     "olmo2": "olmo2",
     "opt": "opt",
     "phi": "phi",

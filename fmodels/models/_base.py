@@ -175,6 +175,11 @@ class Config:
         return 0
 
     @property
+    def repeats_head(self) -> bool:
+        """Whether PyTorch's module has a name for the weight of a tied head, beside that of the token table."""
+        return True
+
+    @property
     def untied(self) -> bool:
         return not self.tie_word_embeddings
 

@@ -23,7 +23,7 @@ from fmodels.nn.embeddings import embed, lm_logits
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
-from fmodels.nn.positions import columns, of_call
+from fmodels.nn.positions import Rope, columns, of_call, rope_tables
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
 from fmodels.weights.rules import Rule, Weights
 
@@ -95,6 +95,11 @@ class Config(BaseConfig):
         return 0 if self.padding_index is None else self.padding_index + 1
 
     @property
+    def rope(self) -> Rope | None:
+        """Rotary settings, where the angles do not lie in the file."""
+        return None
+
+    @property
     def pooler_activation(self) -> str:
         """Of what a head makes of the first token."""
         return "tanh"
@@ -160,15 +165,56 @@ class PaddedConfig(Config):
         return {"max_position_embeddings": self.max_positions + self.position_offset, **super().write_special()}
 
 
-def rules(names: Mapping[str, str]) -> tuple[Rule, ...]:
-    """The rules of the base model's affine maps, norms and tables, name on disk without `.weight` -> leaf."""
+ENDINGS = {
+    "base": "Model",
+    "masked-lm": "ForMaskedLM",
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+    "multiple-choice": "ForMultipleChoice",
+}
+"""Task -> how transformers' class ends, of the tasks that most encoders have."""
+
+
+def architectures(name: str) -> dict[str, str]:
+    """Task -> transformers' class, for a family whose classes begin with `name`."""
+    return {task: name + ending for task, ending in ENDINGS.items()}
+
+
+def rules(
+    names: Mapping[str, str | tuple[str, ...]],
+    *,
+    when: Mapping[str, str] = {},
+    biases: Mapping[str, str | None] = {},
+    first: Mapping[str, str] = {},
+) -> tuple[Rule, ...]:
+    """The rules of the base model's affine maps, norms and tables.
+
+    Args:
+        names: name on disk, without `.weight` and the base model's prefix -> leaf, or several that lie in it side by side.
+        when: leaf, or the first of several -> the property of the config that says whether it is there.
+        biases: leaf, or the first of several -> the property of the config that says whether it has a bias, None for never.
+        first: name -> that in the first layer, where it is another.
+    """
     found: list[Rule] = []
     for name, leaf in names.items():
-        kind = "scale" if leaf.endswith("norm") else "weight"
-        weight, bias = LAYOUTS.get(leaf, (None, None))
-        table = leaf in schema.TABLES
-        found.append(Rule(f"@{name}.weight", leaf if table else f"{leaf}.{kind}", weight))
-        found += [] if table else [Rule(f"@{name}.bias", f"{leaf}.bias", bias)]
+        leaves = (leaf,) if isinstance(leaf, str) else leaf
+        if leaves[0] in schema.TABLES:
+            found.append(Rule(f"@{name}.weight", leaf, when=when.get(leaves[0])))
+            continue
+        there = (when.get(leaves[0]), biases.get(leaves[0], when.get(leaves[0], "")))
+        kinds = ["scale" if leaves[0].endswith("norm") else "weight", "bias"][: 1 if there[1] is None else 2]
+        for i, kind in enumerate(kinds):
+            suffix, paths = ("weight", "bias")[i], tuple(f"{one}.{kind}" for one in leaves)
+            found.append(
+                Rule(
+                    f"@{name}.{suffix}",
+                    paths[0] if isinstance(leaf, str) else paths,
+                    tuple(LAYOUTS[one][i] for one in leaves if one in LAYOUTS) or None,
+                    when=there[i] or None,
+                    first=f"@{first[name]}.{suffix}" if name in first else None,
+                )
+            )
     return tuple(found)
 
 
@@ -176,7 +222,9 @@ LAYOUTS = {
     "layers.attention.query": ("(h k) d", "(h k)"),
     "layers.attention.key": ("(g k) d", "(g k)"),
     "layers.attention.value": ("(g k) d", "(g k)"),
-    "layers.attention.output": ("d (h k)", None),
+    "layers.attention.output": ("d (h k)", "d"),
+    "layers.attention.position_query": ("(h k) d", "(h k)"),
+    "layers.attention.position_key": ("(g k) d", "(g k)"),
 }
 """How the projections lie on disk: weight and bias."""
 
@@ -201,11 +249,25 @@ LAYER = {
 """BERT's names in a layer."""
 
 
-def head(name: str, leaf: str, *tasks: str, optional: bool = False, bias: bool = True) -> tuple[Rule, ...]:
-    """The rules of an affine map or a norm of these tasks' heads."""
+def head(
+    name: str, leaf: str, *tasks: str, optional: bool = False, bias: bool | str = True, when: str | None = None
+) -> tuple[Rule, ...]:
+    """The rules of an affine map or a norm of these tasks' heads.
+
+    Args:
+        name: on disk, without `.weight`.
+        leaf: its path.
+        tasks: whose models have it.
+        optional: whether they may lack it.
+        bias: whether it has a bias, or the property of the config that says so.
+        when: the property of the config that says whether it is there.
+    """
     kind = "scale" if leaf.endswith("norm") else "weight"
-    weight = Rule(f"{name}.weight", f"{leaf}.{kind}", tasks=tasks, optional=optional)
-    return (weight, Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, optional=optional)) if bias else (weight,)
+    weight = Rule(f"{name}.weight", f"{leaf}.{kind}", tasks=tasks, optional=optional, when=when)
+    if not bias:
+        return (weight,)
+    there = bias if isinstance(bias, str) else when
+    return weight, Rule(f"{name}.bias", f"{leaf}.bias", tasks=tasks, optional=optional, when=there)
 
 
 def pooler(name: str, *tasks: str) -> tuple[Rule, ...]:
@@ -213,31 +275,40 @@ def pooler(name: str, *tasks: str) -> tuple[Rule, ...]:
     return head(name, "pooler", *tasks) + head(name, "pooler", "base", optional=True)
 
 
-def lm_head(dense: str, norm: str, decoder: str, bias: str, *tasks: str, norm_first: bool = False) -> tuple[Rule, ...]:
+def lm_head(
+    dense: str, norm: str, decoder: str, bias: str, *tasks: str, norm_first: bool = False, when: str | None = None,
+    tied: str = "tie_word_embeddings",
+) -> tuple[Rule, ...]:  # fmt: skip
     """The rules of a language model's head whose bias has a name of its own beside the decoder's.
 
-    Untied, transformers 5 has two biases and reads only the decoder's; the other is kept for its bytes.
+    Untied, transformers 5 has two biases and reads only the decoder's; the other is kept for its bytes. `when` and `tied`
+    are the properties of the config that say whether the head is there, and whether it is there and tied.
     """
-    transform = (head(dense, "lm_transform.dense", *tasks), head(norm, "lm_transform.norm", *tasks))
+    transform = (
+        head(dense, "lm_transform.dense", *tasks, when=when),
+        head(norm, "lm_transform.norm", *tasks, when=when),
+    )
     first, second = reversed(transform) if norm_first else transform
     return (
         *first,
         *second,
-        Rule(bias, "lm_head.bias", tasks=tasks, when="tie_word_embeddings"),
+        Rule(bias, "lm_head.bias", tasks=tasks, when=tied),
         Rule(f"{decoder}.weight", "lm_head.weight", tasks=tasks, when="untied"),
         Rule(f"{decoder}.bias", "lm_head.bias", tasks=tasks, when="untied"),
         Rule(bias, "lm_head.spare_bias", tasks=tasks, when="untied", optional=True),
     )
 
 
-def weights(prefix: str, rules: tuple[Rule, ...], *, decoder: str, bias: str = "") -> Weights:
+def weights(
+    prefix: str, rules: tuple[Rule, ...], *, decoder: str, bias: str = "", ignored: tuple[str, ...] = ()
+) -> Weights:
     """The layout map; a language model's head has its weight in `decoder`, and its bias there too or, apart, in `bias`."""
     tied = {f"{decoder}.weight": "embed.tokens"} | ({f"{decoder}.bias": "lm_head.bias"} if bias else {})
     return Weights(
         prefix={"": prefix},
         tied=tied,
         renames={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
-        ignored=(r"embeddings\.(position_ids|token_type_ids)$",),
+        ignored=(r"embeddings\.(position_ids|token_type_ids)$", *ignored),
         fallbacks={f"{decoder}.bias": bias} if bias else {},
         stand_ins={"lm_head.spare_bias": "lm_head.bias"} if bias else {},
         rules=rules,
@@ -262,21 +333,15 @@ def forward(
     keep: Keep = NOTHING,
 ) -> Output:
     """The model on `(b t)` tokens; see `fmodels.forward`. Positions count columns, or tokens that are not padding."""
-    if cache is not None and not config.causal:
-        raise ValueError(
-            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
-        )
-    if token_types is not None and "types" not in params["embed"]:
-        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
-    places = _places(config, tokens, cache) if positions is None else positions
-    present, places = of_call(tokens, mask, places, cache)
+    present, places = begin(params, config, tokens, mask, positions, token_types, cache)
     seen = attend(present, cache, causal=config.causal)
     if "distances" in params["embed"]:
         table = params["embed"]["distances"]
         seen = with_distances(seen, table, cache, causal=config.causal, max_distance=128, count=BUCKETS)
 
-    rope = None
-    if "sinusoids" in params["embed"]:
+    rope = None if config.rope is None else rope_tables(config.rope, places, config.head_dim, config.max_positions)
+    table = "sinusoids" in params["embed"]
+    if table:
         sines, cosines = jnp.split(take(jax.lax.stop_gradient(params["embed"]["sinusoids"]), places), 2, axis=-1)
         rope = cosines, sines
 
@@ -285,7 +350,7 @@ def forward(
             y, slot = attention(p["attention"], layer_norm(p["attention_norm"], x, config.norm_eps), seen, slot=slot)
             x = x + y
             return x + mlp(p["mlp"], layer_norm(p["mlp_norm"], x, config.norm_eps), config.activation), slot
-        y, slot = attention(p["attention"], x, seen, slot=slot, rope=rope, interleaved=True)
+        y, slot = attention(p["attention"], x, seen, slot=slot, rope=rope, interleaved=table)
         x = layer_norm(p["attention_norm"], x + y, config.norm_eps)
         return layer_norm(p["mlp_norm"], x + mlp(p["mlp"], x, config.activation), config.norm_eps), slot
 
@@ -295,7 +360,21 @@ def forward(
         x = linear(params["embed"]["projection"], x, "bte,de->btd")
     ran = layers.run(layer, params["layers"], x, cache, present, keep=keep, order=config.order)
     hidden = layer_norm(params["final_norm"], ran.x, config.norm_eps) if config.pre_norm else ran.x
-    return ran.onto(_head(params, config, Output(hidden=hidden, cache=ran.cache), select), hidden)
+    return ran.onto(head_output(params, config, Output(hidden=hidden, cache=ran.cache), select), hidden)
+
+
+def begin(
+    params: Params, config: Config, tokens: Array, mask: Array | None, positions: Array | None, token_types: Array | None,
+    cache: Cache | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Which tokens of a call are real, and their positions; raises where the model does not take what it is given."""
+    if cache is not None and not config.causal:
+        raise ValueError(
+            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
+        )
+    if token_types is not None and "types" not in params["embed"]:
+        raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+    return of_call(tokens, mask, _places(config, tokens, cache) if positions is None else positions, cache)
 
 
 def _places(config: Config, tokens: Array, cache: Cache | None) -> Array:
@@ -307,7 +386,8 @@ def _places(config: Config, tokens: Array, cache: Cache | None) -> Array:
     return jnp.where(real, jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1 + before, -1)
 
 
-def _head(params: Params, config: Config, out: Output, select: Array | None) -> Output:
+def head_output(params: Params, config: Config, out: Output, select: Array | None) -> Output:
+    """The output with what the head of the task makes of `out.hidden`."""
     hidden = out.hidden
     assert hidden is not None
     if config.task == "replaced-token-detection":

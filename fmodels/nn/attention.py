@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ def attend(
     causal: bool,
     window: int | None = None,
     slots: int | None = None,
+    reach: int | None = None,
 ) -> Attend:
     """Who sees whom.
 
@@ -65,9 +67,13 @@ def attend(
         causal: whether a token of this call sees only those of this call at its own place and before it.
         window: how many tokens a token of a causal model sees at most, itself included; only real tokens count.
         slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
+        reach: how many columns away a token of an encoder sees others, before it and behind it.
     """
     t = present.shape[1]
     new = jnp.broadcast_to(present[:, None, :], (present.shape[0], t, t))
+    if reach is not None:
+        places = jnp.arange(t, dtype=jnp.int32)
+        new = new & (jnp.abs(places[:, None] - places[None]) <= reach)[None]
     if causal:
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]
@@ -121,6 +127,39 @@ def with_distances(
     return seen._replace(new_bias=bias(columns[None], columns), old_bias=old)
 
 
+def distance_scores(
+    query: Array,
+    key: Array,
+    *,
+    index: Array,
+    scale: float,
+    for_queries: Array | None = None,
+    for_keys: Array | None = None,
+) -> Array:
+    """DeBERTa's scores `(b h t s)` of the content of queries, and of keys, with the distance between them.
+
+    Args:
+        query: `(b t h k)`.
+        key: `(b s h k)`.
+        index: `(t s)` int, the row of the tables for the distance of each key from each query.
+        scale: of the scores.
+        for_queries: `(m h k)`, what queries meet at each distance; None for nothing.
+        for_keys: likewise, of keys.
+
+    Source: He et al. 2020; matches transformers' `DisentangledSelfAttention`.
+    """
+
+    def score(content: Array, table: Array, index: Array) -> Array:
+        all_scores = jnp.einsum(
+            "bthk,mhk->bhtm", content, table, precision=precision(content.dtype), preferred_element_type=jnp.float32
+        )
+        return scale * jnp.take_along_axis(all_scores, index[None, None], axis=-1)
+
+    parts = [] if for_queries is None else [score(query, for_queries, index)]
+    parts += [] if for_keys is None else [score(key, for_keys, index.T).swapaxes(2, 3)]
+    return functools.reduce(jnp.add, parts)
+
+
 def with_slopes(
     seen: Attend,
     slopes: Array,
@@ -165,6 +204,7 @@ def attention(
     norm: Callable[[Params, Array, str], Array] | None = None,
     scale: Any = None,
     cap: float | None = None,
+    bias: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Slot]:
     """`softmax(q kᵀ · scale) v`, with as many query heads per key-value head as the weights have.
 
@@ -179,6 +219,7 @@ def attention(
         norm: `(params, x (b t h k), "query" or "key") -> (b t h k)`, of queries and keys before they are rotated.
         scale: of the scores; `1 / sqrt(k)` if None.
         cap: scores are squeezed between `-cap` and `cap`, by `tanh`.
+        bias: `(queries (b t h k), keys (b t g k)) -> (b h t t)`, added to the scores of an encoder.
 
     Returns:
         `(b t d)` and the updated slot. A query that sees no key gives the mean of the values, never NaN.
@@ -193,7 +234,8 @@ def attention(
         query, key = norm(params, query, "query"), norm(params, key, "key")
     if rope is not None:
         query, key = (rotate(x, rope, interleaved=interleaved) for x in (query, key))
-    parts = [Part(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new, seen.new_bias)]
+    new_bias = seen.new_bias if bias is None else bias(query, key)
+    parts = [Part(key.swapaxes(1, 2), value.swapaxes(1, 2), seen.new, new_bias)]
     if slot.keys is not None and seen.old is not None:
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -74,6 +74,29 @@ def run(
     return ran if cache is None or present is None else ran._replace(cache=extend(cache, present))
 
 
+def first(layers: Params | Sequence[Params]) -> Params:
+    """The parameters of the first layer."""
+    return jax.tree.map(lambda leaf: leaf[0], layers) if isinstance(layers, Mapping) else layers[0]
+
+
+def choose(choices: Sequence[Any], which: Sequence[int]) -> Callable[[Any], Any]:
+    """The number of a layer, traced or not, to what it takes of `choices`: trees of equal shapes.
+
+    Args:
+        choices: what is computed once, for all layers of a kind.
+        which: of each layer.
+    """
+    if len(set(which)) == 1:
+        return lambda index: choices[which[0]]
+
+    def at_layer(index: Any) -> Any:
+        if isinstance(index, int):
+            return choices[which[index]]
+        return jax.tree.map(lambda *a: jnp.stack(a)[jnp.asarray(which, jnp.int32)[index]], *choices)
+
+    return at_layer
+
+
 def cross(layers: Params | Sequence[Params], encoded: Array, mask: Array) -> Cross:
     """The keys and values that the layers' `cross_attention` has for an encoder's `(b s d)`, all layers at once."""
     if isinstance(layers, Mapping):

@@ -28,6 +28,21 @@ def linear(params: Params, x: Array, equation: str = "btd,fd->btf") -> Array:
     return y
 
 
+def convolution(params: Params, x: Array) -> Array:
+    """Along the text, with zeros beyond its ends: `y[t] = Σ_w weight[w] x[t + w - ⌊w/2⌋]`.
+
+    Args:
+        params: `weight` `(f d w)`, of odd width, and, optionally, `bias` `(f)`.
+        x: `(b t d)`.
+
+    Source: matches `torch.nn.Conv1d` with one group and a padding of half the width.
+    """
+    width = params["weight"].shape[-1]
+    padded = jnp.pad(x, ((0, 0), (width // 2, width // 2), (0, 0)))
+    shifted = jnp.stack([padded[:, i : i + x.shape[1]] for i in range(width)], axis=-1)
+    return linear(params, shifted, "btdw,fdw->btf")
+
+
 def _gelu(x: Array) -> Array:
     # By erfc, not erf: jax exports erf as an operation that TensorFlow 2.21 cannot read.
     return jax.nn.gelu(x, approximate=False)

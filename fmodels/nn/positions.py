@@ -66,6 +66,30 @@ def distance_buckets(distances: Array, count: int, *, causal: bool, max_distance
     return found if causal else found + jnp.where(distances > 0, side, 0)
 
 
+def signed_log_buckets(length: int, count: int, max_distance: int) -> np.ndarray:
+    """DeBERTa's buckets of the distances `i - j` in a text, `(t t)` int32: the near ones themselves, the far ones ever wider.
+
+    Args:
+        length: of the text.
+        count: of buckets on each side; below 1 for distances as they are.
+        max_distance: the longest that has a bucket of its own.
+
+    Example:
+        >>> signed_log_buckets(8, 4, 8)[7].tolist()
+        [3, 3, 3, 3, 3, 2, 1, 0]
+
+    Source: He et al. 2021; matches transformers' `make_log_bucket_position`.
+    """
+    distances = np.arange(length, dtype=np.int32)[:, None] - np.arange(length, dtype=np.int32)[None]
+    middle = count // 2
+    if count < 1:
+        return distances
+    far = np.maximum(np.abs(distances), middle).astype(np.float32) / np.float32(middle)
+    with np.errstate(all="ignore"):  # buckets that reach beyond max_distance
+        wide = np.ceil(np.log(far) / np.log(np.float32((max_distance - 1) / middle)) * np.float32(middle - 1)) + middle
+    return np.where(np.abs(distances) <= middle, distances, wide * np.sign(distances)).astype(np.int32)
+
+
 def sinusoids(positions: Array, size: int) -> Array:
     """Sines, then cosines, of `(b t)` positions at `size / 2` frequencies: `(b t size)` float32.
 

@@ -31,6 +31,7 @@ class Rule:
         when: a config field that must be truthy for it to exist; `!field` for falsy.
         optional: it may be absent, and then so is the leaf.
         buffer: PyTorch's module has it as a buffer, which is saved but not trained.
+        first: its name in the first layer, where that is another.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rule:
     when: str | None = None
     optional: bool = False
     buffer: bool = False
+    first: str | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -253,7 +255,8 @@ class Weights:
             config: the config.
             every: also those that only models of other tasks have.
         """
-        tied = self.tied if config.tie_word_embeddings and (every or config.task in schema.LM_TASKS) else {}
+        has_head = every or (config.task in schema.LM_TASKS and config.repeats_head)
+        tied = self.tied if config.tie_word_embeddings and has_head else {}
         rules = (dataclasses.replace(rule, tasks=None) if every else rule for rule in self.shared)
         prefix = self.base_prefix(config.task)
         return {**tied, **{r.name.replace("@", prefix): r.leaves[0] for r in rules if r.applies(config)}}
@@ -294,13 +297,16 @@ class Weights:
     def _places(self, rules: Iterable[Rule], config: Any) -> dict[str, Place]:
         places: dict[str, Place] = {}
         for rule in rules:
-            name = rule.name.replace("@", self.base_prefix(config.task))
+            prefix = self.base_prefix(config.task)
+            name = rule.name.replace("@", prefix)
             if "{l}" not in name:
                 places[name] = Place(rule, None)
                 continue
             experts = range(schema.sizes(config)["x"]) if "{x}" in name else [None]
             for i in schema.layers_of(rule.leaves[0], config):
                 at = name.replace("{l}", str(i))
+                if i == 0 and rule.first is not None:
+                    at = rule.first.replace("@", prefix)
                 places.update({at.replace("{x}", str(j)): Place(rule, i, j) for j in experts})
         return places
 
