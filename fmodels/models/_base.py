@@ -57,6 +57,9 @@ SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schem
 NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
 """Fields in which null says that there is none, and not that the default holds."""
 
+NOT_NULL = ("hidden_size", "num_heads", "decoder_num_heads")
+"""Sizes from which others follow; null is none."""
+
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -208,7 +211,8 @@ class Config:
         extra: list[tuple[str, str]] = []
         problems: list[str] = []
         spelling = {key: field for field, key in cls.HF.items()}
-        sizes = {key: data[key] for field, key in cls.HF.items() if field in SIZES and data.get(key) is not None}
+        sizes = {key: field for field, key in cls.HF.items() if field in SIZES and key in data}
+        sizes = {key: data[key] for key, field in sizes.items() if data[key] is not None or field in NOT_NULL}
         if wrong := [f"{key}={value!r}" for key, value in sizes.items() if not _is_size(value)]:
             raise ValueError(
                 f"{cls.model_type}.Config.from_hf: sizes are positive integers; config.json says {', '.join(wrong)}"

@@ -119,6 +119,8 @@ class Config(BaseConfig):
     """Whether what a block adds to is its normed input."""
     own_head_dim: ClassVar[bool] = False
     """Whether the size of a head that config.json does not say is the class's, and not that of a share."""
+    own_kv_heads: ClassVar[bool] = False
+    """The same of the number of key-value heads, which is else that of heads where it is by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,7 +232,7 @@ class Config(BaseConfig):
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         hidden, heads = (data.get(cls.HF[field], getattr(cls, field)) for field in ("hidden_size", "num_heads"))
-        fields["num_kv_heads"] = heads if cls.num_kv_heads == cls.num_heads else cls.num_kv_heads
+        fields["num_kv_heads"] = cls.num_kv_heads if cls.own_kv_heads or cls.num_kv_heads != cls.num_heads else heads
         if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
             fields["num_kv_heads"] = heads
         fields["head_dim"] = cls.head_dim if cls.own_head_dim else hidden // heads

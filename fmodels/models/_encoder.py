@@ -137,6 +137,7 @@ class PaddedConfig(Config):
     `max_position_embeddings` counts.
     """
 
+    max_positions: int = 510
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 2

@@ -15,7 +15,7 @@ from fmodels.models._encoder import CLASSES, head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_encoder.Config):
-    """ALBERT's config; the defaults are those of version 2's base model.
+    """ALBERT's config; the defaults are those of transformers' class.
 
     Attributes:
         num_layers: with weights of their own, `num_hidden_groups`.
@@ -23,9 +23,13 @@ class Config(_encoder.Config):
     """
 
     vocab_size: int = 30000
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
     embedding_size: int = 128  # pyright: ignore[reportIncompatibleMethodOverride]
     num_layers: int = 1
     depth: int = 12
+    num_heads: int = 64
+    num_kv_heads: int = 64
     activation: str = "gelu_new"
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 3

@@ -14,9 +14,9 @@ from fmodels.models import _encoder, roberta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(roberta.Config):
-    """As RoBERTa's; the defaults are the base model's."""
+    """As RoBERTa's; the defaults are those of transformers' class."""
 
-    vocab_size: int = 32005
+    vocab_size: int = 30522
 
     model_type: ClassVar[str] = "camembert"
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {

@@ -67,6 +67,7 @@ class Config(_mixture.Config):
 
     model_type: ClassVar[str] = "deepseek_v3"
     own_head_dim: ClassVar[bool] = True
+    own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **{field: key for field, key in _mixture.Config.HF.items() if field != "router_aux_loss_coef"},
         "head_dim": "v_head_dim",

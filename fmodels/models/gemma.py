@@ -34,6 +34,7 @@ class Config(_decoder.Config):
     model_type: ClassVar[str] = "gemma"
     norm: ClassVar[str] = "rms-plus-one"
     own_head_dim: ClassVar[bool] = True
+    own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "attention_bias": "attention_bias"}
     # transformers 4 wrote the second beside hidden_act, and 5 does not read it.
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_activation"}

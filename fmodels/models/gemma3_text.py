@@ -33,6 +33,7 @@ class Config(gemma2.Config):
 
     model_type: ClassVar[str] = "gemma3_text"
     HF: ClassVar[Mapping[str, str]] = {**gemma2.Config.HF, "sliding_window_pattern": "sliding_window_pattern"}
+    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {"_sliding_window_pattern"}  # only written
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
         "base": "Gemma3TextModel",
         "causal-lm": "Gemma3ForCausalLM",
@@ -66,9 +67,7 @@ class Config(gemma2.Config):
             max_positions=data.get("max_position_embeddings", cls.max_positions),
             default=cls.local_rope,
         )
-        if data.get("_sliding_window_pattern") is not None:
-            fields["sliding_window_pattern"] = data["_sliding_window_pattern"]
-        return own | {"rope_local_base_freq", "_sliding_window_pattern"}
+        return own | {"rope_local_base_freq"}
 
     def write_special(self) -> dict[str, Any]:
         both = {"full_attention": self.rope, "sliding_attention": self.local_rope}

@@ -76,7 +76,8 @@ class Config(_mixture.Config):
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         if not data.get("rope_scaling") and not data.get("rope_parameters"):
-            data = {**data, "rope_parameters": rope_parameters(cls.rope)}
+            own = {key: value for key, value in rope_parameters(cls.rope).items() if key != "rope_theta"}
+            data = {**data, "rope_parameters": own}
         return super().read_special(data, fields, problems)
 
 

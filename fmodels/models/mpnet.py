@@ -14,7 +14,7 @@ from fmodels.models import _encoder, roberta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(roberta.Config):
-    """MPNet's config; the defaults are the base model's.
+    """MPNet's config; the defaults are those of transformers' class.
 
     Attributes:
         num_buckets: rows of the table of distances; 32 of them are used.

@@ -32,6 +32,7 @@ class Config(_decoder.Config):
     attention_bias: bool = True
 
     model_type: ClassVar[str] = "qwen2"
+    own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,
         **_decoder.WINDOWS,

@@ -33,6 +33,7 @@ class Config(_mixture.SparseConfig):
     shared_size: int = 5632
 
     model_type: ClassVar[str] = "qwen2_moe"
+    own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_mixture.SparseConfig.HF,
         "layer_types": "layer_types",

@@ -19,6 +19,7 @@ class Config(_mixture.SparseConfig):
     intermediate_size: int = 6144
     num_kv_heads: int = 4
     head_dim: int = 64
+    sliding_window: int | None = 4096
     num_experts: int = 128
     num_experts_per_token: int = 8
 

@@ -16,11 +16,9 @@ from fmodels.weights.rules import Rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(_encoder.PaddedConfig):
-    """RoBERTa's config; the defaults are RoBERTa base's."""
+    """RoBERTa's config; the defaults are those of transformers' class."""
 
     vocab_size: int = 50265
-    num_token_types: int = 1
-    norm_eps: float = 1e-5
 
     model_type: ClassVar[str] = "roberta"
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {

@@ -33,6 +33,7 @@ class Config(_decoder.Config):
     eos_token_id: int | tuple[int, ...] | None = 0
 
     model_type: ClassVar[str] = "stablelm"
+    own_kv_heads: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
     partial: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
