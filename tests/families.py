@@ -685,7 +685,10 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
 def reference(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """As numpy arrays, by the names of `fm.Output`."""
     with torch.no_grad():
-        return {name: a.numpy() for name, a in outputs(call(model, given)).items()}
+        return {
+            name: (a.float() if a.dtype == torch.bfloat16 else a).numpy()
+            for name, a in outputs(call(model, given)).items()
+        }
 
 
 def assert_equal(

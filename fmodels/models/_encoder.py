@@ -342,7 +342,8 @@ def forward(
     rope = None if config.rope is None else rope_tables(config.rope, places, config.head_dim, config.max_positions)
     table = "sinusoids" in params["embed"]
     if table:
-        sines, cosines = jnp.split(take(jax.lax.stop_gradient(params["embed"]["sinusoids"]), places), 2, axis=-1)
+        angles = take(jax.lax.stop_gradient(params["embed"]["sinusoids"]), places).astype(jnp.float32)
+        sines, cosines = jnp.split(angles, 2, axis=-1)
         rope = cosines, sines
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
