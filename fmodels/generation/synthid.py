@@ -40,7 +40,7 @@ class SynthID:
 
     Example:
         >>> SynthID(ngram_len=5, keys=(654, 400, 836)).bits([[5, 9, 2, 7, 7, 1]]).tolist()
-        [[[0, 0, 1], [1, 0, 0]]]
+        [[[1, 1, 0], [0, 0, 0]]]
 
     Source: Dathathri et al. 2024; matches transformers 5's `SynthIDTextWatermarkLogitsProcessor`.
     """
