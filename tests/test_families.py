@@ -189,6 +189,22 @@ def test_cached_decode(case, name, chunks):
             assert np.where(real[None, :, None, :, None], error, 0).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3/causal-lm", "gpt_oss/causal-lm", "bloom/causal-lm"])
+def test_cached_decode_in_8_bits(case, name):
+    """Latent vectors, layers with sinks and windows, and ALiBi: near transformers' forward on the whole text, but not it."""
+    loaded = case(name)
+    given = loaded.inputs("left")
+    cache, parts = fm.init_cache(loaded.params, 2, 9, quantized=True), []
+    for columns in (slice(0, 4), slice(4, 7)):
+        part = {name: given[name][:, columns] for name in ("tokens", "mask")}
+        out = fm.forward(loaded.params, loaded.config, **part, cache=cache)
+        cache = out.cache
+        parts.append(out.logits)
+    want, real = loaded.reference("left")["logits"], given["mask"].astype(bool)
+    error = np.abs(np.concatenate(parts, 1) - want)[real].max() / np.abs(want[real]).max()
+    assert 1e-5 < error < 0.05
+
+
 @pytest.mark.parametrize("rows", [False, True], ids=["one length", "length per row"])
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_cached_decode_of_pairs(case, name, rows):
