@@ -1,4 +1,4 @@
-"""Train a small Llama from nothing on the source of the Python standard library, on a CPU.
+"""Train a small Llama from nothing on the source of the Python standard library, on a CPU or another device.
 
 This is how `fmodels/assets/tiny-llama` was made, and an example of a training script around `fm.init` and
 `fm.forward`: optax for the optimizer, orbax for checkpoints that resume exactly, tokenizers for the text, every
@@ -246,6 +246,12 @@ def write_excerpt(texts: Mapping[str, str], path: Path, limit: int = 64_000) -> 
     path.write_text("".join(parts), encoding="utf-8")
 
 
+def machine() -> str:
+    """What the training runs on, in words."""
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"one {device.device_kind}"
+
+
 def write_card(path: Path, config: Config, args: argparse.Namespace, facts: Mapping[str, Any]) -> None:
     """The model card."""
     f = facts
@@ -279,7 +285,7 @@ tags: [llama, python, tiny]
 # tiny-llama
 
 A very small Llama that writes text that looks like Python. It was trained from nothing in {f["minutes"]:.0f} minutes on
-{f["cores"]} CPU cores, to be a real checkpoint for the examples and tests of fmodels that fits into the package.
+{f["machine"]}, to be a real checkpoint for the examples and tests of fmodels that fits into the package.
 It knows nothing, and the code it writes does not run.
 
 | | |
@@ -499,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "epochs": progress["tokens"] / len(text.train),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "minutes": progress["seconds"] / 60,
-        "cores": os.cpu_count(),
+        "machine": machine(),
         "command": "python notebooks/train_tiny_llama.py" + (" --small" if args.small else ""),
     }
     write_card(args.out / "README.md", config, args, facts)
