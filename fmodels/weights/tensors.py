@@ -187,18 +187,18 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def send(out: BinaryIO, tensor: Tensor) -> None:
     """Writes the elements of `tensor` in row-major order, by the kernel alone if they lie so in a file."""
-    if tensor.file is None or not hasattr(os, "sendfile") or not hasattr(out, "fileno"):
+    if tensor.file is None or not hasattr(os, "copy_file_range") or not hasattr(out, "fileno"):
         out.write(as_bytes(tensor))
         return
     out.flush()
     done = 0
     while done < tensor.nbytes:
         try:
-            count = os.sendfile(out.fileno(), tensor.file.fd, tensor.offset + done, tensor.nbytes - done)
+            count = os.copy_file_range(tensor.file.fd, out.fileno(), tensor.nbytes - done, tensor.offset + done)
         except OSError as error:
-            if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+            if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM):
                 raise
-            out.write(as_bytes(tensor))  # a system that sends to sockets only
+            out.write(as_bytes(tensor))  # between these two file systems the kernel does not copy
             return
         if count == 0:
             raise OSError(f"write: {str(tensor.file.path)!r} was cut while it was read; copy or download it again")
