@@ -93,9 +93,8 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             want["positions"] = positions
         return forward(params, config, None, decoder_tokens=tokens, decoder_mask=mask, cache=cache, **want)
 
-    # What is kept, or came from an earlier call, may have padding between tokens: no rings for that.
-    ahead = dict(plan.settings).get("tokens", 0)
-    ring = config if inputs.cache is None and not plan.keep_cache else None
+    # Guesses are taken back, and the token that contrastive search has read at the end.
+    ahead = dict(plan.settings).get("tokens", int(plan.strategy == "contrastive"))
 
     def prefill(tokens: Array, mask: Array, slots: int, *, before: Cache | None = None, **want: Any) -> Output:
         chunk = plan.chunk
@@ -105,17 +104,15 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             out = prefill(tokens, mask, slots + more, before=before, **want)
             return out if out.hidden is None else out._replace(hidden=out.hidden[:, more:])
         batch, width = tokens.shape
-        if before is None and chunk is None:  # the prompt attends to itself alone, not to the room for what is to come
+        columns = slots if before is None else before.mask.shape[1] + slots
+        sizes = rings(params, config, columns, ahead=ahead)
+        if before is not None:
+            cache = grow(before, columns, sizes)
+        elif chunk is None:  # the prompt attends to itself alone, not to the room for what is to come
             cache = init_cache(params, batch, width, quantized=plan.quantized)._replace(cross=cross)
         else:
-            cache = (
-                init_cache(params, batch, slots, quantized=plan.quantized, config=ring, ahead=ahead)._replace(
-                    cross=cross
-                )
-                if before is None
-                else before
-            )
-            cache = grow(cache, (0 if before is None else before.mask.shape[1]) + slots)
+            cache = init_cache(params, batch, slots, quantized=plan.quantized, config=config, ahead=ahead)
+            cache = cache._replace(cross=cross)
         positions = from_mask(mask) + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
         last = jnp.full(batch, (chunk or width) - 1, jnp.int32)
         if chunk is None or width <= chunk:
@@ -135,8 +132,7 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             if outs.hidden is not None:
                 out = out._replace(hidden=outs.hidden.swapaxes(0, 1).reshape(batch, width, -1))
         assert out.cache is not None
-        sizes = None if ring is None else rings(params, ring, slots, ahead=ahead)
-        return out._replace(cache=grow(out.cache, slots, sizes))
+        return out._replace(cache=grow(out.cache, columns, sizes))
 
     def decode(tokens: Array, positions: Array, cache: Cache, mask: Array | None = None, **want: Any) -> Output:
         return run(tokens, mask, positions, cache, **want)

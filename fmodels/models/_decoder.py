@@ -23,6 +23,7 @@ from fmodels.models._base import Family, decoder_head, init_normal
 from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, with_slopes
+from fmodels.nn.cache import slots_of
 from fmodels.nn.embeddings import embed
 from fmodels.nn.experts import Gate, Routing, moe
 from fmodels.nn.latent import latent_attention
@@ -424,6 +425,7 @@ def forward(
         raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
     present, positions = of_call(tokens, mask, positions, cache)
     at_layer = _kinds(config, present, positions, cache)
+    slopes = None if config.slopes is None else _slopes(config, config.slopes)
 
     def norm(p: Params, x: Array) -> Array:
         return NORMS[config.norm](p, x, config.norm_eps)
@@ -455,9 +457,9 @@ def forward(
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
-        if config.slopes is not None:
+        if slopes is not None:
             seen = with_slopes(
-                seen, _slopes(config, index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
+                seen, slopes(index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
             )
         before = normed(p, "attention_norm", x) if config.norm_first else x
         common: Any = {"slot": slot, "rope": rope, "interleaved": config.interleaved, "scale": config.attention_scale}
@@ -500,13 +502,11 @@ def _embed(params: Params, config: Config, tokens: Array, places: Array) -> Arra
     return x
 
 
-def _slopes(config: Config, index: Any) -> Array:
-    """ALiBi's of the heads that a layer has left."""
-    every = config.slopes or ()
+def _slopes(config: Config, every: tuple[float, ...]) -> Callable[[Any], Array]:
+    """The number of a layer to ALiBi's slopes of the heads that it has left."""
     rows = [tuple(every[head] for head in schema.kept_heads(config, layer)) for layer in range(config.num_layers)]
-    if len(set(rows)) == 1:
-        return jnp.asarray(rows[0], jnp.float32)
-    return jnp.asarray(rows[index] if isinstance(index, int) else jnp.asarray(rows, jnp.float32)[index], jnp.float32)
+    different = list(dict.fromkeys(rows))
+    return layers.choose([jnp.asarray(row, jnp.float32) for row in different], [different.index(row) for row in rows])
 
 
 def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None) -> Callable[[Any], Any]:
@@ -514,10 +514,8 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
 
     Where no layer rotates there are no tables.
     """
-    kinds = config.kinds
-    keys: Any = () if cache is None else cache.keys
-    slots = [x.shape[-2] for x in keys] if isinstance(keys, tuple) else [keys.shape[-2]] * len(kinds)
-    slots = slots or [None] * len(kinds)
+    slots = (None,) * config.num_layers if cache is None else slots_of(cache)
+    kinds = config.kinds[: len(slots)]
     different = list(dict.fromkeys(kinds))
 
     def make(kind: Kind) -> Any:
@@ -532,15 +530,4 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
             tables = (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))
         return seen, tables
 
-    made = [make(kind) for kind in different]
-    if len(made) == 1:
-        return lambda index: made[0]
-    which = [different.index(kind) for kind in kinds]
-
-    def at_layer(index: Any) -> Any:
-        if isinstance(index, int):  # layers one by one, each with a cache of its own size
-            return made[which[index]]
-        kind = jnp.asarray(which, jnp.int32)[index]
-        return jax.tree.map(lambda *a: jnp.stack(a)[kind], *made)
-
-    return at_layer
+    return layers.choose([make(kind) for kind in different], [different.index(kind) for kind in kinds])

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 import fmodels as fm
-from fmodels.nn.cache import rings
+from fmodels.nn.cache import rings, slots_of
 from interop.transformers import from_transformers
 from tests.generation.pairs import PAD, VOCAB, prompts
 
@@ -91,28 +91,30 @@ def test_rings_are_as_small_as_they_can_be(models):
     assert rings(unstacked, config, 64) == tuple(64 if w is None else w - 1 for w in windows)
     assert rings(unstacked, config, 64, ahead=3) == tuple(64 if w is None else w + 2 for w in windows)
     assert rings(unstacked, config, 2) is None
-    same = len(set(windows)) == 1
-    assert rings(params, config, 64) == ((windows[0] - 1,) * 3 if same else None)
-    cache = fm.init_cache(unstacked, 2, 64, config=config)
-    assert [k.shape[-2] for k in cache.keys] == list(rings(unstacked, config, 64))
-    assert cache.mask.shape == (2, 64)
+    for tree in (params, unstacked):
+        sizes = rings(tree, config, 64)
+        assert sizes == tuple(64 if w is None else w - 1 for w in windows)
+        cache = fm.init_cache(tree, 2, 64, config=config)
+        assert slots_of(cache) == sizes
+        assert sum(x.size for x in jax.tree.leaves(cache.keys)) == 2 * config.num_kv_heads * config.head_dim * sum(sizes)
+        assert cache.mask.shape == (2, 64)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_forward_with_rings(models, width):
     """Texts of three times the window, read in pieces: the logits of the whole text at once, by transformers."""
-    model, _, unstacked, config = models
+    model, params, unstacked, config = models
     tokens, mask = prompts(2, 21, seed=5)
     with torch.no_grad():
         places = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
         want = model(torch.tensor(tokens), attention_mask=torch.tensor(mask), position_ids=places).logits.numpy()
-    for rows in (False, True):
-        cache = fm.init_cache(unstacked, 2, 21, config=config)
+    for tree, rows in ((params, False), (unstacked, False), (unstacked, True)):
+        cache = fm.init_cache(tree, 2, 21, config=config)
         cache = cache._replace(length=jnp.zeros(2, jnp.int32)) if rows else cache
         parts = []
         for start in range(0, 21, width):
             piece = slice(start, start + width)
-            out = fm.forward(unstacked, config, tokens[:, piece], mask=mask[:, piece], cache=cache)
+            out = fm.forward(tree, config, tokens[:, piece], mask=mask[:, piece], cache=cache)
             cache = out.cache
             parts.append(out.logits)
         error = np.abs(np.concatenate(parts, 1) - want)
