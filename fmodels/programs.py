@@ -15,6 +15,7 @@ from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.models import Config, family
 from fmodels.models._base import logits_of
+from fmodels.nn import kernels
 from fmodels.nn.cache import grow, init_cache, put_rows, rings, set_rows
 from fmodels.nn.positions import from_mask
 from fmodels.strategies import maker
@@ -38,6 +39,8 @@ class Plan:
         guided: whether a second text is read along.
         keep_cache: whether the cache is returned.
         quantized: whether keys and values are kept in 8 bits.
+        experts: how experts are run, in models that have some; None for the platform's own way.
+        attention: the kernel that reads prompts.
     """
 
     strategy: str = "sample"
@@ -51,6 +54,8 @@ class Plan:
     guided: bool = False
     keep_cache: bool = False
     quantized: bool = False
+    experts: str | None = None
+    attention: str = "xla"
 
 
 class Inputs(NamedTuple):
@@ -84,11 +89,13 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
     forward, encode = family(config).forward, getattr(family(config), "encode", None)
     cross = None
     if inputs.encoder_tokens is not None and encode is not None:
-        cross = encode(params, config, inputs.encoder_tokens, mask=inputs.encoder_mask)
+        with kernels.using(plan.attention):
+            cross = encode(params, config, inputs.encoder_tokens, mask=inputs.encoder_mask)
+    experts = {} if plan.experts is None or not hasattr(config, "num_experts") else {"experts": plan.experts}
 
     def run(tokens: Array, mask: Array | None, positions: Array, cache: Cache, **want: Any) -> Output:
         if cache.cross is None:
-            return forward(params, config, tokens, mask=mask, positions=positions, cache=cache, **want)
+            return forward(params, config, tokens, mask=mask, positions=positions, cache=cache, **experts, **want)
         if "positions" in params["decoder"].get("embed", params["embed"]):  # else it counts distances
             want["positions"] = positions
         return forward(params, config, None, decoder_tokens=tokens, decoder_mask=mask, cache=cache, **want)
@@ -141,7 +148,12 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
         return logits_of(params, config, hidden)
 
     table = params["embed"].get("positions")
-    model = Model(prefill, decode, head, None if table is None else table.shape[0])
+
+    def prefill_by_kernel(*args: Any, **want: Any) -> Output:
+        with kernels.using(plan.attention):
+            return prefill(*args, **want)
+
+    model = Model(prefill_by_kernel, decode, head, None if table is None else table.shape[0])
     return _guided(model, inputs) if plan.guided else model
 
 

@@ -416,7 +416,10 @@ def _regroup(keys: Any, sizes: Sequence[int], fit: Any) -> Any:
     stacks = []
     for group in range(max(which) + 1):
         members = [i for i, mine in enumerate(which) if mine == group]
-        stack, theirs = old.stacks[old.which[members[0]]], [i for i, g in enumerate(old.which) if g == old.which[members[0]]]
+        stack, theirs = (
+            old.stacks[old.which[members[0]]],
+            [i for i, g in enumerate(old.which) if g == old.which[members[0]]],
+        )
         if members != theirs:
             places = np.asarray([theirs.index(i) for i in members])
             stack = jax.tree.map(lambda x, places=places: x[places], stack)

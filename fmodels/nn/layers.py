@@ -20,11 +20,11 @@ class Among(NamedTuple):
     """The number of a layer, traced, of which is known that it is one of some.
 
     Attributes:
-        index: int32.
+        number: int32.
         numbers: those.
     """
 
-    index: Array
+    number: Array
     numbers: Sequence[int]
 
 

@@ -96,7 +96,9 @@ def test_rings_are_as_small_as_they_can_be(models):
         assert sizes == tuple(64 if w is None else w - 1 for w in windows)
         cache = fm.init_cache(tree, 2, 64, config=config)
         assert slots_of(cache) == sizes
-        assert sum(x.size for x in jax.tree.leaves(cache.keys)) == 2 * config.num_kv_heads * config.head_dim * sum(sizes)
+        assert sum(x.size for x in jax.tree.leaves(cache.keys)) == 2 * config.num_kv_heads * config.head_dim * sum(
+            sizes
+        )
         assert cache.mask.shape == (2, 64)
 
 
@@ -137,9 +139,7 @@ def test_chats_go_on(models):
         new = np.random.default_rng(8).integers(10, VOCAB, (2, 4))
         options = fm.GenerationConfig(pad_token_id=PAD, **more)
         before = turn
-        turn = fm.generate(
-            params, config, new, max_new_tokens=6, options=options, prefix=before, keep_cache=True
-        )
+        turn = fm.generate(params, config, new, max_new_tokens=6, options=options, prefix=before, keep_cache=True)
         assert min(slots_of(turn.cache)) == min(w for w in config.windows if w) - 1 + ahead
         for row in range(2):
             said = np.concatenate([np.asarray(before.tokens)[row][np.asarray(before.mask)[row]], new[row]])[None]
