@@ -182,7 +182,7 @@ def periods(which: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
                 if which[end : end + length] != which[first : first + length]:
                     break
                 end += length
-        best[first] = min(found, key=lambda one: (one[0], len(one[1])))
+        best[first] = min(found, key=lambda one: (one[0], len(one[1]), -one[1][0][1] * one[1][0][2]))
     return best[0][1]
 
 

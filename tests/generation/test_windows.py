@@ -198,7 +198,7 @@ def test_periods():
 
 def test_programs_do_not_grow_with_depth():
     def program(layers):
-        config = fm.models.gemma3_text.Config.from_hf(deep(layers).to_dict())
+        config = fm.models.gemma3_text.Config.from_hf(deep(layers).to_dict(), task="causal-lm")
         params = fm.abstract(config)
         cache = jax.eval_shape(lambda: fm.init_cache(params, 2, 64, config=config))
         assert set(slots_of(cache)) == {3, 64}
@@ -211,6 +211,8 @@ def test_programs_do_not_grow_with_depth():
 
 def test_patterns_without_a_period_have_full_caches():
     types = ["full_attention" if i * i % 31 < 15 else "sliding_attention" for i in range(40)]
-    config = fm.models.gemma2.Config.from_hf(hf.Gemma2Config(num_hidden_layers=40, layer_types=types).to_dict())
+    config = fm.models.gemma2.Config.from_hf(
+        hf.Gemma2Config(num_hidden_layers=40, layer_types=types).to_dict(), task="base"
+    )
     assert rings(fm.abstract(config), config, 9000) is None
     assert set(rings({"layers": ({},) * 40}, config, 9000)) == {4095, 9000}
