@@ -74,7 +74,7 @@ def run(
         layers: stacked leaves `(l …)`, or one tree per layer.
         x: `(b t d)`.
         cache: carried through and returned with the new tokens in it.
-        present: `(b t)` bool, which of the new tokens are real; for the cache.
+        present: `(b t)` bool, which of the new tokens are real; for the cache. All if None.
         keep: what to return beside.
         order: which layer is applied at each step, where that is not each of them once; then there is no cache.
     """
