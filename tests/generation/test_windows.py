@@ -149,12 +149,12 @@ def test_chats_go_on(models):
 
 def test_many(models):
     """Rows are refilled at places of their own in the rings."""
-    _, _, unstacked, config = models
+    _, params, _, config = models
     random = np.random.default_rng(2)
     texts = [random.integers(10, VOCAB, n).tolist() for n in (3, 20, 9, 31, 5)]
-    found = fm.generate_many(unstacked, config, texts, max_new_tokens=10, batch_size=2)
+    found = fm.generate_many(params, config, texts, max_new_tokens=10, batch_size=2)
     for text, one in zip(texts, found, strict=True):
-        alone = fm.generate(unstacked, config, [text], max_new_tokens=10).tokens[0, len(text) :]
+        alone = fm.generate(params, config, [text], max_new_tokens=10).tokens[0, len(text) :]
         np.testing.assert_array_equal(one.tokens, alone)
 
 
