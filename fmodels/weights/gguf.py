@@ -87,9 +87,22 @@ class Blocks(Tensor):
         )
 
 
-def looks_like(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is a GGUF file."""
-    return head.startswith(MAGIC)
+def part(tensor: Tensor, index: int) -> Tensor:
+    """`tensor[index]` along the first axis, without reading, or dequantising, the others."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(tensor.name, tensor.type, part(tensor.packed, index))
+    shape = tensor.shape[1:]
+    if tensor.file is None:
+        return Tensor.lazy(tensor.name, tensor.dtype, shape, lambda: tensor.array()[index])
+    offset = tensor.offset + index * (tensor.nbytes // tensor.shape[0])
+    return Tensor.in_file(tensor.name, tensor.dtype, shape, tensor.file, offset)
+
+
+def rows(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """The tensor with its rows in another order; `change` works on bytes where it is quantised."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(tensor.name, tensor.type, rows(tensor.packed, change))
+    return Tensor.lazy(tensor.name, tensor.dtype, tensor.shape, lambda: change(tensor.array()))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
@@ -196,7 +209,7 @@ class _Header:
         head = self.file.read(0, 200)
         if is_lfs_pointer(head):
             raise lfs_error(self.file.path)
-        if not looks_like(head) or len(head) < 24:
+        if not head.startswith(MAGIC) or len(head) < 24:
             self.refuse(f"expected {MAGIC!r} and a header, got {head[:8]!r} and {self.file.size} bytes in all")
         self.position = 4
         version = self.number("<I")
