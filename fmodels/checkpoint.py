@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
@@ -419,7 +420,15 @@ def save(
     check_format(format, verb="save")
     check(params, config)
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
-    write(disk_tensors(params, config), config, folder, dtype, format=format, max_shard_size=max_shard_size, variant=variant)
+    write(
+        disk_tensors(params, config),
+        config,
+        folder,
+        dtype,
+        format=format,
+        max_shard_size=max_shard_size,
+        variant=variant,
+    )
 
 
 def write(
@@ -455,20 +464,7 @@ def write(
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
     flat = tree.flatten(params)
-    stacked = tree.is_stacked(params)
-    weights = family(config).weights
-    weights = weights.of_module if config.module_names else weights
-    tensors: dict[str, Tensor] = {}
-    for name, (place, source) in weights.sources(config, flat.__contains__).items():
-        where = source if stacked or place.layer is None else place.leaves(stacked=False)
-
-        def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:
-            leaves = {p: place.part(np.asarray(flat[where[p]]), stacked=stacked) for p in place.rule.leaves}
-            return rules.to_disk(place.rule, leaves, np.concatenate)
-
-        shape = rules.disk_shape(place.rule, place.sizes(config))
-        tensors[name] = Tensor.lazy(name, np.dtype(flat[where[place.rule.leaves[0]]].dtype), shape, get)
-    return tensors
+    return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -201,7 +201,9 @@ def _download(
             index = hf_hub_download(name, prefix + weights, revision=info.sha, cache_dir=cache_dir, token=token)
             wanted += sorted(set(read_index(index).values()))
         elif weights.endswith(".index"):  # of a TensorFlow checkpoint, whose data lie beside it
-            wanted += [f.removeprefix(prefix) for f in files if f.startswith(f"{prefix}{weights.removesuffix('index')}data-")]
+            wanted += [
+                f.removeprefix(prefix) for f in files if f.startswith(f"{prefix}{weights.removesuffix('index')}data-")
+            ]
         wanted = [prefix + file for file in (*SMALL, *wanted) if prefix + file in files]
         # By revision, not by commit: so the cache learns which commit the branch is at, for later without network.
         snapshot = snapshot_download(

@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fmodels.weights.formats import FORMATS, OTHERS, Metadata, Tensors, candidates, check_format, find_weights, read_file
+from fmodels.weights.formats import (
+    FORMATS,
+    OTHERS,
+    Metadata,
+    Tensors,
+    candidates,
+    check_format,
+    find_weights,
+    is_alone,
+    read_file,
+)
 from fmodels.weights.tensors import Tensor, brief, listing, parse_json, replacing
 
 
@@ -298,7 +308,11 @@ def _keep(source: Path, target: Path, drop: Callable[[str], bool], prefix: str =
     for entry in entries:
         name, new = prefix + entry.name, target / entry.name
         if drop(name):
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            if (
+                entry.is_dir(follow_symlinks=False)
+                and not entry.name.startswith(".")
+                and not is_alone(Path(entry.path))
+            ):
                 raise IsADirectoryError(f"write: expected a file, {entry.path!r} is a folder; rename it")
         elif entry.is_symlink():
             os.symlink(os.readlink(entry.path), new)
@@ -340,17 +354,21 @@ def _move_in(stage: Path, target: Path, order: list[str], stale: Callable[[str],
             if number < len(leaving):
                 os.rename(old, saved)
                 continue
-            if present:
-                _link(old, saved)
+            if present:  # a folder has no second name
+                os.rename(old, saved) if old.is_dir() else _link(old, saved)
             old.parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, old)
         _sync(target)
     except BaseException:
         for saved, old in reversed(undo):
-            if saved is None:
-                old.unlink(missing_ok=True)
-            elif os.path.lexists(saved):  # else the failure came before it was moved
+            if saved is not None and not os.path.lexists(saved):
+                continue  # the failure came before it was moved
+            if old.is_dir():
+                shutil.rmtree(old)
+            if saved is not None:
                 os.replace(saved, old)
+            else:
+                old.unlink(missing_ok=True)
         raise
 
 

@@ -91,6 +91,8 @@ class Format:
 FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: transformers', then what it does not read
     "safetensors": Format("safetensors", "model", "safetensors"),
     "torch": Format("torch_bin", "pytorch_model", "bin"),
+    "npz": Format("npz", "model", "npz", sharded=False),
+    "orbax": Format("orbax", "params", "", dialect="fmodels", sharded=False, directory=True),
 }
 OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
 
@@ -99,9 +101,7 @@ def _dotted(part: str | None) -> str:
     return f".{part}" if part else ""
 
 
-def find_weights(
-    names: Iterable[str], variant: str | None = None, format: str | None = None
-) -> tuple[str, str] | None:
+def find_weights(names: Iterable[str], variant: str | None = None, format: str | None = None) -> tuple[str, str] | None:
     """The format and the file, index or folder that holds a checkpoint's weights, by the order of `FORMATS`.
 
     Args:
