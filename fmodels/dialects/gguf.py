@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from fmodels.dialects.gguf_config import config_from_gguf, factor_tensors, metadata
+from fmodels.dialects.gguf_config import config_from_gguf, factor_tensors, is_factor_tensor, metadata
+from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, gguf, rules
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import listing
 
-__all__ = ["config_from_gguf", "metadata", "read", "write"]
+__all__ = ["config", "config_from_gguf", "metadata", "read", "write"]
 
 
 def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """
     weights = family(config).weights
     found: dict[str, Tensor] = {}
-    used: set[str] = {name for name in factor_tensors(config) if name in tensors}
+    used: set[str] = {name for name in tensors if is_factor_tensor(name, config)}
     problems: list[str] = []
     for name, place in {**weights.places_of_other_tasks(config), **weights.places(config)}.items():
         held = sources(place.rule, config)

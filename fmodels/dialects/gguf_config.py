@@ -249,7 +249,7 @@ class _Reader:
                 continue
             if key not in DEFAULTS:
                 found.append(f"unknown key {name!r} (value {brief(value)})")
-            elif isinstance(value, np.ndarray | list | tuple | str) or _plain(value) not in DEFAULTS[key]:
+            elif isinstance(value, (np.ndarray, list, tuple, str)) or _plain(value) not in DEFAULTS[key]:
                 found.append(f"{name}={brief(value)} is not supported, only {' or '.join(map(repr, DEFAULTS[key]))}")
         return found
 
@@ -300,9 +300,23 @@ def factor_tensors(config: Config) -> dict[str, Tensor]:
     rope = getattr(config, "rope", None)
     if rope is None or rope.type not in of_family(type(config)).factors:
         return {}
-    vectors = _factors(rope, rotated(config.head_dim, rope))
-    by_name = {FACTORS: vectors[0]} if rope.type == "llama3" else {LONG: vectors[1], SHORT: vectors[0]}
+    short, long = _factors(rope, rotated(config.head_dim, rope))
+    by_name = {FACTORS: short} if _is_one_row(config) else {LONG: long, SHORT: short}
     return {name: Tensor.lazy(name, np.float32, v.shape, lambda v=v: v) for name, v in by_name.items()}
+
+
+def is_factor_tensor(name: str, config: Config) -> bool:
+    """Whether a tensor of a file is one that `config_from_gguf` reads."""
+    rope = getattr(config, "rope", None)
+    return name in (LONG, SHORT, FACTORS) and rope is not None and rope.type in ("llama3", "longrope")
+
+
+def _is_one_row(config: Any) -> bool:
+    """Whether the frequencies of all texts are divided by the same factors, and llama.cpp can read such."""
+    rope = config.rope
+    if rope.type == "longrope" and "llama3" in of_family(type(config)).factors:
+        return rope.short_factor == rope.long_factor and _attention_factor(rope, config.max_positions) == 1.0
+    return rope.type == "llama3"
 
 
 def _rope_values(config: Config) -> dict[str, Any]:
@@ -311,11 +325,14 @@ def _rope_values(config: Config) -> dict[str, Any]:
         return {}
     rope: Rope = getattr(config, "rope")  # noqa: B009
     found = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rotated(config.head_dim, rope)}
+    if _is_one_row(config):
+        original = rope.original_max_positions if rope.type == "llama3" else None
+        return {**found, "rope.scaling.original_context_length": original}
     if rope.type in ("linear", "yarn", "longrope"):
         found |= {"rope.scaling.type": rope.type}
     if rope.type in ("linear", "yarn"):
         found |= {"rope.scaling.factor": None if rope.factor is None else float(rope.factor)}
-    if rope.type in ("yarn", "llama3", "longrope"):
+    if rope.type in ("yarn", "longrope"):
         found |= {"rope.scaling.original_context_length": rope.original_max_positions or config.max_positions}
     if rope.type == "yarn":
         found |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
@@ -437,9 +454,9 @@ def _epsilon(kind: type[Config]) -> str:
 
 def _plain(value: Any) -> Any:
     """One of Python's for one of numpy's."""
-    if isinstance(value, np.float32):
-        return float(str(value))
-    return value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, np.generic):
+        return value
+    return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
 def _typed(value: Any) -> Any:
@@ -456,6 +473,6 @@ def _same(first: Any, second: Any) -> bool:
         return _same(tuple(first.tolist()), tuple(np.asarray(second).tolist()))
     if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_same, first, second))
-    if isinstance(first, float) and isinstance(second, int | float):
+    if isinstance(first, float) and isinstance(second, (int, float)):
         return math.isclose(first, second, rel_tol=2e-6)
     return first == second

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
-
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 Has = Callable[[str], bool]
 """Whether a file has a tensor of this name, in any layer: `has("ffn_norm.weight")`."""
@@ -30,11 +27,11 @@ class Gguf:
 
     architecture: str
     permuted: bool = False
-    fields: Mapping[str, str] = EMPTY
-    shown: Mapping[str, str] = EMPTY
-    fixed: Mapping[str, Any | Callable[[Mapping[str, Any], Has], Any]] = EMPTY
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any | Callable[[Mapping[str, Any], Has], Any]] = dataclasses.field(default_factory=dict)
     factors: tuple[str, ...] = ()
-    names: Mapping[str, str] = EMPTY
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}

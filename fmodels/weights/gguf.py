@@ -143,7 +143,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
         header.refuse(f"it is one of {parts} parts", "join them with `llama-gguf-split --merge`")
     header.need(tensor_count, 24, "tensors")
     entries = [header.entry() for _ in range(tensor_count)]
-    alignment = _alignment(metadata, header)
+    alignment = _alignment(metadata, header.refuse)
     start = -(-header.position // alignment) * alignment
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -178,7 +178,7 @@ class _Header:
 
     def __init__(self, file: File):
         self.file, self.position, self.items = file, 0, 0
-        self.data = memoryview(file.mapped[:MAX_HEADER])
+        self.data = file.mapped[:MAX_HEADER].data
 
     def refuse(self, what: str, instead: str = "the file is damaged or was cut, copy or download it again") -> Any:
         raise ValueError(f"read: GGUF file {str(self.file.path)!r}: {what}; {instead}")
@@ -256,10 +256,15 @@ class _Header:
         return name, shape, self.number("<I"), self.number("<Q")
 
 
-def _alignment(metadata: Metadata, header: _Header) -> int:
+def _alignment(metadata: Metadata, refuse: Callable[[str], object]) -> int:
     found = metadata.get("general.alignment", np.uint32(DEFAULT_ALIGNMENT))
-    if not isinstance(found, np.uint32) or not 0 < found <= MAX_ALIGNMENT or int(found) & (int(found) - 1):
-        header.refuse(f"general.alignment must be a power of two up to {MAX_ALIGNMENT}, got {brief(found)}")
+    if (
+        getattr(found, "dtype", None) != np.uint32
+        or np.ndim(found)
+        or not 0 < found <= MAX_ALIGNMENT
+        or found & (found - 1)
+    ):
+        refuse(f"general.alignment must be a np.uint32, a power of two up to {MAX_ALIGNMENT}, got {brief(found)}")
     return int(found)
 
 
@@ -291,8 +296,8 @@ def _narrowed(tensors: Mapping[str, Tensor], metadata: Metadata, header: _Header
         names = metadata.pop(key, [])
         for name in names if isinstance(names, list) else [None]:
             wide = tensors.get(name) if isinstance(name, str) else None
-            if wide is None or wide.dtype != np.float32 or isinstance(wide, Blocks):
-                header.refuse(f"metadata {key!r} lists {brief(name)}, which is no tensor of float32")
+            if name is None or wide is None or wide.dtype != np.float32 or isinstance(wide, Blocks):
+                return header.refuse(f"metadata {key!r} lists {brief(name)}, which is no tensor of float32")
             found[name] = _cast(wide, dtype)
     return found
 
@@ -358,9 +363,7 @@ def write(
             metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):
         metadata.setdefault("general.quantization_version", np.uint32(2))
-    alignment = metadata.get("general.alignment", np.uint32(DEFAULT_ALIGNMENT))
-    if not isinstance(alignment, np.uint32) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise ValueError(f"write: general.alignment must be a np.uint32, a power of two, got {brief(alignment)}")
+    alignment = _alignment(metadata, _refuse)
     parts = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata))]
     for key, value in metadata.items():
         code = _code(value, key)
@@ -369,20 +372,24 @@ def write(
     for name, tensor in tensors.items():
         parts += [_packed_text(name), struct.pack("<I", len(tensor.shape))]
         parts.append(struct.pack(f"<{len(tensor.shape)}QIQ", *tensor.shape[::-1], ggml.TYPES[kinds[name]].code, offset))
-        offset += _padded(_size(tensor.shape, ggml.TYPES[kinds[name]].code)[1], int(alignment))
+        offset += _padded(_size(tensor.shape, ggml.TYPES[kinds[name]].code)[1], alignment)
     head = b"".join(parts)
     if len(head) > MAX_HEADER:
         raise ValueError(
             f"write: the header of {str(path)!r} has {len(head)} bytes, at most {MAX_HEADER} are read again"
         )
     with replacing(path) as out:
-        out.write(head.ljust(_padded(len(head), int(alignment)), b"\0"))
+        out.write(head.ljust(_padded(len(head), alignment), b"\0"))
         for name, tensor in tensors.items():
             data = _data(tensor, kinds[name])
             out.write(data)
-            out.write(bytes(_padded(data.nbytes, int(alignment)) - data.nbytes))
+            out.write(bytes(_padded(data.nbytes, alignment) - data.nbytes))
             if advance is not None:
                 advance(tensor.nbytes)
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(f"write: {what}")
 
 
 def is_wide(name: str, shape: tuple[int, ...]) -> bool:
@@ -430,7 +437,7 @@ def _code(value: object, key: str) -> int:
     """The type of a value of metadata."""
     if isinstance(value, str):
         return TEXT
-    if isinstance(value, np.ndarray | list | tuple):
+    if isinstance(value, (np.ndarray, list, tuple)):
         return ARRAY
     if isinstance(value, np.generic) and value.dtype in SCALAR_CODES:
         return SCALAR_CODES[value.dtype]
