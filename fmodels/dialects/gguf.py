@@ -24,7 +24,7 @@ from fmodels.dialects.gguf_config import config_from_gguf, factor_tensors, is_fa
 from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.models import Config, family
-from fmodels.weights import Tensor, gguf, rules
+from fmodels.weights import Tensor, ggml, rules
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import listing
 
@@ -53,7 +53,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             want = want if place.expert is None else (size["x"], *want)
             if tensors[n].shape != want and place.expert in (None, 0):
                 problems.append(f"{n!r} has shape {list(tensors[n].shape)}, expected {list(want)}")
-        parts = [tensors[n] if place.expert is None else gguf.part(tensors[n], place.expert) for n in names]
+        parts = [tensors[n] if place.expert is None else ggml.part(tensors[n], place.expert) for n in names]
         if not problems:
             found[name] = _to_torch(name, place, held, parts, size)
     if problems:
@@ -139,7 +139,7 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
         def turn(array: np.ndarray) -> np.ndarray:
             return array.reshape(-1, *pair, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
-        return gguf.rows(tensor, turn)
+        return ggml.rows(tensor, turn)
     if source.shifted:
         step = np.float32(-1 if back else 1)
         return Tensor.lazy(

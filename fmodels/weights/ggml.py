@@ -8,10 +8,13 @@ Source: ggml/src/ggml-quants.c of llama.cpp and its gguf-py/gguf/quants.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from fmodels.weights.tensors import Tensor
 
 
 class Type(NamedTuple):
@@ -86,8 +89,8 @@ def dequantize(packed: np.ndarray, name: str) -> np.ndarray:
 
     Example:
         >>> import numpy as np
-        >>> dequantize(quantize_q8_0(np.arange(-16, 16, dtype=np.float32)), "q8_0")[:3]
-        array([-16.    , -14.99..., -13.98...], dtype=float32)
+        >>> dequantize(quantize_q8_0(np.arange(-127, 127, 8, dtype=np.float32)), "q8_0")[:3]
+        array([-127., -119., -111.], dtype=float32)
     """
     kind = TYPES[name]
     shape = (*packed.shape[:-1], packed.shape[-1] // kind.nbytes * kind.size)
@@ -99,6 +102,46 @@ def dequantize(packed: np.ndarray, name: str) -> np.ndarray:
             part = slice(start, start + CHUNK)
             out[part] = unpack(np.ascontiguousarray(blocks[part])).reshape(-1, kind.size)
     return out.reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Tensor):
+    """A tensor that is quantised in blocks along its last axis; its array is what it stands for, in float32.
+
+    Attributes:
+        type: a name in `TYPES`.
+        packed: the bytes, uint8, `(… bytes of a row)`.
+    """
+
+    type: str = ""
+    packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, kind: str, packed: Tensor) -> Blocks:
+        """The tensor with these bytes."""
+        known = TYPES[kind]
+        shape = (*packed.shape[:-1], packed.shape[-1] // known.nbytes * known.size)
+        return cls(
+            name, np.dtype(np.float32), shape, lambda: dequantize(packed.array(), kind), type=kind, packed=packed
+        )
+
+
+def part(tensor: Tensor, index: int) -> Tensor:
+    """`tensor[index]` along the first axis, without reading, or dequantising, the others."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(tensor.name, tensor.type, part(tensor.packed, index))
+    shape = tensor.shape[1:]
+    if tensor.file is None:
+        return Tensor.lazy(tensor.name, tensor.dtype, shape, lambda: tensor.array()[index])
+    offset = tensor.offset + index * (tensor.nbytes // tensor.shape[0])
+    return Tensor.in_file(tensor.name, tensor.dtype, shape, tensor.file, offset)
+
+
+def rows(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """The tensor with its rows in another order; `change` works on bytes where it is quantised."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(tensor.name, tensor.type, rows(tensor.packed, change))
+    return Tensor.lazy(tensor.name, tensor.dtype, tensor.shape, lambda: change(tensor.array()))
 
 
 def quantize_q8_0(array: np.ndarray) -> np.ndarray:

@@ -11,15 +11,17 @@ Source: docs/gguf.md of ggml and gguf-py of llama.cpp; the checks are those of l
 """
 
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from fmodels.weights import ggml
+from fmodels.weights.ggml import Blocks
 from fmodels.weights.tensors import (
     File,
     Tensor,
@@ -33,6 +35,7 @@ from fmodels.weights.tensors import (
 )
 
 MAGIC = b"GGUF"
+PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # the name of a part of several
 VERSIONS = (2, 3)
 SCALARS: dict[int, np.dtype] = {  # code of a value's type
     code: np.dtype(dtype)
@@ -59,50 +62,10 @@ MAX_ITEMS = 2**22  # of all arrays of text and of arrays together: each becomes 
 MAX_DEPTH = 4  # of arrays in arrays
 MAX_AXES = 4
 MAX_NAME = 63  # bytes, of llama.cpp
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 NARROW = {"fmodels.float16": np.dtype(np.float16), "fmodels.bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Metadata = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks(Tensor):
-    """A tensor that is quantised in blocks along its last axis; its array is what it stands for, in float32.
-
-    Attributes:
-        type: a name in `ggml.TYPES`.
-        packed: the bytes, uint8, `(… bytes of a row)`.
-    """
-
-    type: str = ""
-    packed: Tensor | None = None
-
-    @classmethod
-    def of(cls, name: str, kind: str, packed: Tensor) -> "Blocks":
-        """The tensor with these bytes."""
-        known = ggml.TYPES[kind]
-        shape = (*packed.shape[:-1], packed.shape[-1] // known.nbytes * known.size)
-        return cls(
-            name, np.dtype(np.float32), shape, lambda: ggml.dequantize(packed.array(), kind), type=kind, packed=packed
-        )
-
-
-def part(tensor: Tensor, index: int) -> Tensor:
-    """`tensor[index]` along the first axis, without reading, or dequantising, the others."""
-    if isinstance(tensor, Blocks) and tensor.packed is not None:
-        return Blocks.of(tensor.name, tensor.type, part(tensor.packed, index))
-    shape = tensor.shape[1:]
-    if tensor.file is None:
-        return Tensor.lazy(tensor.name, tensor.dtype, shape, lambda: tensor.array()[index])
-    offset = tensor.offset + index * (tensor.nbytes // tensor.shape[0])
-    return Tensor.in_file(tensor.name, tensor.dtype, shape, tensor.file, offset)
-
-
-def rows(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """The tensor with its rows in another order; `change` works on bytes where it is quantised."""
-    if isinstance(tensor, Blocks) and tensor.packed is not None:
-        return Blocks.of(tensor.name, tensor.type, rows(tensor.packed, change))
-    return Tensor.lazy(tensor.name, tensor.dtype, tensor.shape, lambda: change(tensor.array()))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
@@ -116,8 +79,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
         `"format": "gguf"` beside those of the file.
 
     Raises:
-        ValueError: the file is cut, is of another version, is big-endian, is a part of several, or contradicts itself.
-        OSError: the file cannot be read.
+        ValueError: the file is cut, is of another version, is big-endian, or contradicts itself.
+        OSError: the file, or one of the others if it is a part of several (`name-00001-of-00003.gguf`), cannot be read.
 
     Example:
         >>> import tempfile, numpy as np
@@ -128,6 +91,27 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
         >>> tensors["x"].shape, metadata["llama.block_count"], metadata["format"]
         ((2, 3), np.uint32(2), 'gguf')
     """
+    header, tensors, metadata = _read(path)
+    count = metadata.get("split.count", 0)
+    if not isinstance(count, np.integer) or count < 2:
+        return tensors, metadata
+    named = PART.fullmatch(Path(path).name)
+    if named is None or int(named[2]) != count:
+        header.refuse(f"it is one of {count} parts", f"give it back its name, which ends in -00001-of-{count:05d}.gguf")
+        raise AssertionError
+    parts = [_read(Path(path).with_name(f"{named[1]}-{i:05d}-of-{count:05d}.gguf")) for i in range(1, int(count) + 1)]
+    joined: dict[str, Tensor] = {}
+    for number, (one, found, said) in enumerate(parts):
+        if said.get("split.no") != number or said.get("split.count") != count:
+            one.refuse(f"expected part {number} of {count}, counted from 0, got {brief(said.get('split.no'))}")
+        if twice := joined.keys() & found.keys():
+            one.refuse(f"tensor {brief(min(twice))} is in another part, too")
+        joined |= found
+    return joined, {key: value for key, value in parts[0][2].items() if not key.startswith("split.")}
+
+
+def _read(path: str | os.PathLike[str]) -> tuple["_Header", dict[str, Tensor], Metadata]:
+    """One file, of which the names and tensors are checked."""
     file = File(path)
     header = _Header(file)
     tensor_count, pair_count = header.begin()
@@ -138,9 +122,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
         if key in metadata:
             header.refuse(f"metadata {brief(key)} is there twice or is a word of ours")
         metadata[key] = header.value(header.number("<I"), f"metadata {brief(key)}")
-    parts = metadata.get("split.count", 0)
-    if isinstance(parts, np.integer) and parts > 1:
-        header.refuse(f"it is one of {parts} parts", "join them with `llama-gguf-split --merge`")
     header.need(tensor_count, 24, "tensors")
     entries = [header.entry() for _ in range(tensor_count)]
     alignment = _alignment(metadata, header.refuse)
@@ -170,7 +151,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
         last = max(last, span, key=lambda one: one[1])
     if problems:
         header.refuse(f"its header does not fit its data: {listing(problems, sep='; ')}")
-    return {**tensors, **_narrowed(tensors, metadata, header)}, metadata
+    return header, {**tensors, **_narrowed(tensors, metadata, header)}, metadata
 
 
 class _Header:
@@ -180,7 +161,7 @@ class _Header:
         self.file, self.position, self.items = file, 0, 0
         self.data = file.mapped[:MAX_HEADER].data
 
-    def refuse(self, what: str, instead: str = "the file is damaged or was cut, copy or download it again") -> Any:
+    def refuse(self, what: str, instead: str = "the file is damaged or was cut, copy or download it again") -> NoReturn:
         raise ValueError(f"read: GGUF file {str(self.file.path)!r}: {what}; {instead}")
 
     def take(self, count: int) -> memoryview:
@@ -355,10 +336,10 @@ def write(
         if names := [n for n, t in tensors.items() if t.dtype == dtype and kinds[n] == "f32" and is_wide(n, t.shape)]:
             metadata[key] = names
     if type is not None or "general.file_type" not in metadata:
-        most: dict[str, int] = dict.fromkeys(kinds.values(), 0)
+        most = dict.fromkeys(kinds.values(), 0)
         for name, kind in kinds.items():
-            most[kind] += tensors[name].size
-        main = max(most, key=lambda kind: most[kind], default="f32")
+            most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
+        main = type or max(most, key=lambda kind: most[kind], default="f32")
         if main in FILE_TYPES:
             metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):

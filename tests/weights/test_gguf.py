@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmodels.weights import Tensor, ggml, read_file
+from fmodels.weights import Tensor, find_weights, ggml, read_file
 from fmodels.weights import gguf as ours
 
 RANDOM = np.random.default_rng(0)
@@ -252,6 +252,25 @@ def test_lies_are_refused(name, tmp_path):
         ours.read(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def test_parts_are_joined(golden, tmp_path):
+    """Those of llama.cpp's `gguf-split`: metadata are in the first."""
+    tensors, metadata = ours.read(golden[0])
+    names = list(tensors)
+    for i in range(2):
+        part = {n: tensors[n] for n in names[i::2]}
+        split = {"split.no": np.uint16(i), "split.count": np.uint16(2), "split.tensors.count": np.int32(len(names))}
+        ours.write(tmp_path / f"x-Q8-0000{i + 1}-of-00002.gguf", part, {**(metadata if i == 0 else {}), **split})
+    for i in (1, 2):
+        found, said = ours.read(tmp_path / f"x-Q8-0000{i}-of-00002.gguf")
+        assert {n: bits(t.array()) for n, t in found.items()} == {n: bits(t.array()) for n, t in tensors.items()}
+        assert said["tokenizer.ggml.tokens"] == metadata["tokenizer.ggml.tokens"]
+        assert not [key for key in said if key.startswith("split.")]
+    assert find_weights([f"x-Q8-0000{i}-of-00002.gguf" for i in (1, 2)]) == ("gguf", "x-Q8-00001-of-00002.gguf")
+    (tmp_path / "x-Q8-00002-of-00002.gguf").unlink()
+    with pytest.raises(FileNotFoundError):
+        ours.read(tmp_path / "x-Q8-00001-of-00002.gguf")
 
 
 def test_old_version_and_texts_that_are_no_utf8(tmp_path):
