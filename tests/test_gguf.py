@@ -144,9 +144,10 @@ def test_transformers_reads_ours(name, rows, tmp_path):
     )
 
 
-def test_saved_and_loaded(rows, tmp_path):
+@pytest.mark.parametrize("name", ["llama/factors", "gemma2"])
+def test_saved_and_loaded(name, rows, tmp_path):
     """`fm.save` and `fm.load`; a file without config.json; bfloat16 that comes back as it was."""
-    loaded, _ = rows("llama/factors")
+    loaded, _ = rows(name)
     params = fm.cast(loaded.params, "bfloat16")
     fm.save(params, loaded.config, tmp_path / "a", format="gguf")
     for source in (tmp_path / "a", tmp_path / "a" / "model.gguf"):
@@ -154,16 +155,39 @@ def test_saved_and_loaded(rows, tmp_path):
         assert config == loaded.config
         assert all(same(a, flat(params)[path]) for path, a in flat(again).items())
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a" / "model.gguf").tensors}
-    assert kinds["output_norm.weight"] == kinds["rope_freqs.weight"] == "F32"
+    assert kinds["output_norm.weight"] == "F32"
     assert kinds["blk.0.attn_q.weight"] == "BF16"
     (tmp_path / "a" / "config.json").unlink()
     (tmp_path / "a" / "generation_config.json").unlink(missing_ok=True)
     again, config = fm.load(tmp_path / "a")
     assert config.generation.eos_token_id == loaded.config.eos_token_id == config.eos_token_id
-    assert config.rope == loaded.config.rope
     assert all(same(a, flat(params)[path]) for path, a in flat(again).items())
     head = fm.load(tmp_path / "a", task="sequence-classification", key=jax.random.key(0))[0]
     assert head["classifier"]["weight"].shape == (2, 24)
+
+
+def test_converted(rows, tmp_path):
+    """To safetensors and back; a copy keeps the tokenizer and the quantised blocks."""
+    loaded, path = rows("llama")
+    tensors = gguf_files.convert(loaded.model, loaded.folder)
+    wide = np.linspace(-1, 1, 61 * 32, dtype=np.float32).reshape(61, 32)
+    (tmp_path / "x").mkdir()
+    fm.convert(path, tmp_path / "st")
+    fm.convert(tmp_path / "st", tmp_path / "gguf", format="gguf")
+    own, _ = ours.read(tmp_path / "gguf" / "model.gguf")
+    assert own.keys() == tensors.keys()
+    assert all(same(own[n].array(), a) for n, a in tensors.items())
+    said = ours.read(path)[1]
+    config = dataclasses.replace(loaded.config, hidden_size=32)
+    params = fm.init(config, jax.random.key(0)) | {"embed": {"tokens": wide}}
+    given = dialect.write(disk_tensors(params, config), config)
+    ours.write(tmp_path / "x" / "x.gguf", given, dialect.metadata(config, said), type="q8_0")
+    fm.convert(tmp_path / "x" / "x.gguf", tmp_path / "copy", format="gguf")
+    theirs, copied = (gguf.GGUFReader(tmp_path / p) for p in ("x/x.gguf", "copy/model.gguf"))
+    assert copied.fields["tokenizer.ggml.tokens"].contents() == theirs.fields["tokenizer.ggml.tokens"].contents()
+    blocks = {t.name: (t.tensor_type, t.data.tobytes()) for t in theirs.tensors}
+    assert blocks["token_embd.weight"][0] == gguf.GGMLQuantizationType.Q8_0
+    assert {t.name: (t.tensor_type, t.data.tobytes()) for t in copied.tensors} == blocks
 
 
 def test_quantised_files(rows, tmp_path):

@@ -5,7 +5,8 @@ so GPT-2's weights are transposed, and tensors that have queries, keys and value
 first. What else differs:
 
 * in `llama` and what derives from it, the rows of queries and keys are ordered for rotary pairs that lie side by side;
-* the scales of Gemma's norms have 1 added, in float32, which rounds what is smaller than 2⁻²⁴: this alone is not bit for bit;
+* the scales of Gemma's norms have 1 added, in float32, and are rounded to multiples of 2⁻²⁴ or so by that: those of bfloat16
+  are the same again if they are 0 or larger than 2⁻¹⁵, others are not bit for bit;
 * all experts of a layer are one tensor;
 * factors of rotary frequencies are tensors, which `fmodels.dialects.gguf_config` reads; they are made from the config.
 
@@ -141,10 +142,12 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
 
         return ggml.rows(tensor, turn)
     if source.shifted:
-        step = np.float32(-1 if back else 1)
-        return Tensor.lazy(
-            tensor.name, np.float32, tensor.shape, lambda: tensor.array().astype(np.float32, copy=False) + step
-        )
+        wide = tensor.wide if isinstance(tensor, ggml.Widened) and tensor.wide is not None else tensor
+        shape, step = tensor.shape, np.float32(-1 if back else 1)
+        moved = Tensor.lazy(tensor.name, np.float32, shape, lambda: wide.array().astype(np.float32, copy=False) + step)
+        if tensor.dtype == np.float32:
+            return moved
+        return ggml.cast(moved, tensor.dtype) if back else ggml.Widened.of(moved, tensor.dtype)
     return tensor
 
 

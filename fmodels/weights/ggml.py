@@ -126,6 +126,36 @@ class Blocks(Tensor):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Widened(Tensor):
+    """A tensor of float16 or bfloat16 that lies, or is to lie, in the file as float32.
+
+    Attributes:
+        wide: the numbers in the file.
+    """
+
+    wide: Tensor | None = None
+
+    @classmethod
+    def of(cls, wide: Tensor, dtype: np.dtype) -> Widened:
+        """The tensor with these numbers."""
+        return cls(wide.name, dtype, wide.shape, cast(wide, dtype).get, wide=wide)
+
+
+def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
+    """The tensor in another floating dtype; its array is a ValueError where that cannot hold its numbers."""
+
+    def get() -> np.ndarray:
+        array = tensor.array()
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = array.astype(dtype)
+        if (np.isinf(found.astype(np.float32)) & np.isfinite(array.astype(np.float32))).any():
+            raise ValueError(f"array: tensor {tensor.name!r} has values that {dtype} cannot hold; use bf16 or f32")
+        return found
+
+    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
+
+
 def part(tensor: Tensor, index: int) -> Tensor:
     """`tensor[index]` along the first axis, without reading, or dequantising, the others."""
     if isinstance(tensor, Blocks) and tensor.packed is not None:

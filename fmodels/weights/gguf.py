@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from fmodels.weights import ggml
-from fmodels.weights.ggml import Blocks
+from fmodels.weights.ggml import Blocks, Widened
 from fmodels.weights.tensors import (
     File,
     Tensor,
@@ -279,20 +279,8 @@ def _narrowed(tensors: Mapping[str, Tensor], metadata: Metadata, header: _Header
             wide = tensors.get(name) if isinstance(name, str) else None
             if name is None or wide is None or wide.dtype != np.float32 or isinstance(wide, Blocks):
                 return header.refuse(f"metadata {key!r} lists {brief(name)}, which is no tensor of float32")
-            found[name] = _cast(wide, dtype)
+            found[name] = Widened.of(wide, dtype)
     return found
-
-
-def _cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    def get() -> np.ndarray:
-        array = tensor.array()
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = array.astype(dtype)
-        if (np.isinf(cast.astype(np.float32)) & np.isfinite(array.astype(np.float32))).any():
-            raise ValueError(f"array: tensor {tensor.name!r} has values that {dtype} cannot hold; use bf16 or f32")
-        return cast
-
-    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
 
 
 def write(
@@ -402,12 +390,14 @@ def _kind(name: str, tensor: Tensor, wanted: str | None) -> str:
 def _data(tensor: Tensor, kind: str) -> memoryview:
     if isinstance(tensor, Blocks) and tensor.type == kind and tensor.packed is not None:
         return as_bytes(tensor.packed)
+    if isinstance(tensor, Widened) and tensor.wide is not None and kind == "f32":
+        return as_bytes(tensor.wide)
     if kind == "q8_0":
         packed = ggml.quantize_q8_0(tensor.array())
         return packed.reshape(-1).data
     dtype = ggml.TYPES[kind].dtype
     assert dtype is not None
-    return as_bytes(tensor if tensor.dtype == dtype else _cast(tensor, dtype))
+    return as_bytes(tensor if tensor.dtype == dtype else ggml.cast(tensor, dtype))
 
 
 def _padded(size: int, alignment: int) -> int:
