@@ -9,11 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fmodels as fm
 from fmodels import dialects, tree
 from fmodels.checkpoint import disk_tensors
 from fmodels.dialects import gguf as dialect
+from fmodels.dialects.gguf_names import names
 from fmodels.nn.positions import Rope
 from fmodels.weights import Tensor
 from fmodels.weights import gguf as ours
@@ -180,8 +183,8 @@ def test_converted(rows, tmp_path):
     said = ours.read(path)[1]
     config = dataclasses.replace(loaded.config, hidden_size=32)
     params = fm.init(config, jax.random.key(0)) | {"embed": {"tokens": wide}}
-    given = dialect.write(disk_tensors(params, config), config)
-    ours.write(tmp_path / "x" / "x.gguf", given, dialect.metadata(config, said), type="q8_0")
+    own = dialect.write(disk_tensors(params, config), config)
+    ours.write(tmp_path / "x" / "x.gguf", own, dialect.metadata(config, said), type="q8_0")
     fm.convert(tmp_path / "x" / "x.gguf", tmp_path / "copy", format="gguf")
     theirs, copied = (gguf.GGUFReader(tmp_path / p) for p in ("x/x.gguf", "copy/model.gguf"))
     assert copied.fields["tokenizer.ggml.tokens"].contents() == theirs.fields["tokenizer.ggml.tokens"].contents()
@@ -295,6 +298,42 @@ def test_metadata_that_are_not_understood():
             dialect.config_from_gguf(said, table)
 
 
+VALUES = st.one_of(
+    st.integers(0, 2**32 - 1).map(np.uint32), st.floats(width=32).map(np.float32), st.booleans().map(np.bool_), st.text(max_size=3),
+    st.lists(st.integers(0, 9), max_size=3).map(lambda items: np.array(items, np.int32)), st.just(["x"]), st.just((["x"],)),
+    st.sampled_from(["yarn", "linear", "none"]), st.none(),
+)  # fmt: skip
+FAMILIES = ("llama", "mixtral", "gemma3_text", "phi3", "falcon", "bloom", "gpt2", "qwen2_moe")
+
+
+@settings(max_examples=150, deadline=None)
+@given(family=st.sampled_from(FAMILIES), data=st.data())
+def test_wrong_metadata_give_clean_errors(family, data):
+    config = getattr(fm.models, family).Config(task="causal-lm", num_layers=2)
+    good = dialect.metadata(config)
+    keys = [
+        *good,
+        f"{good['general.architecture']}.rope.scaling.type",
+        f"{good['general.architecture']}.rope.scaling.factor",
+    ]
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), VALUES, min_size=1, max_size=3))
+    said = {key: value for key, value in (good | changes).items() if value is not None}
+    row = np.linspace(1, 4, 64, dtype=np.float32)
+    tensors = {
+        name: Tensor.lazy(name, np.float32, (8, 8), lambda: np.zeros((8, 8), np.float32)) for name in names(config)
+    }
+    tensors |= {
+        name: Tensor.lazy(name, np.float32, row.shape, lambda: row)
+        for name in ("rope_freqs.weight",)
+        if data.draw(st.booleans())
+    }
+    try:
+        found = dialect.config_from_gguf(said, tensors)
+        dialect.read(tensors, found)
+    except ValueError:
+        pass
+
+
 def test_tensors_that_do_not_fit(rows):
     loaded, path = rows("llama")
     tensors, _ = ours.read(path)
@@ -303,8 +342,8 @@ def test_tensors_that_do_not_fit(rows):
         dialect.read(cut, loaded.config)
     more = dict(tensors) | {"blk.0.other.weight": tensors["output_norm.weight"]}
     assert "blk.0.other.weight" in dialect.read(more, loaded.config)
-    names = dialect.read({n: t for n, t in tensors.items() if n != "blk.1.attn_q.weight"}, loaded.config)
-    assert "model.layers.1.self_attn.q_proj.weight" not in names
+    fewer = dialect.read({n: t for n, t in tensors.items() if n != "blk.1.attn_q.weight"}, loaded.config)
+    assert "model.layers.1.self_attn.q_proj.weight" not in fewer
     wrong = types.SimpleNamespace(shape=(2,))
     with pytest.raises(ValueError, match="use match_config"):
         dialect.write({"model.norm.weight": wrong}, loaded.config)

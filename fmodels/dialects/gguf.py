@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from fmodels.dialects.gguf_config import config_from_gguf, factor_tensors, is_factor_tensor, metadata
+from fmodels.dialects.gguf_config import config_from_gguf, metadata
 from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
+from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
 from fmodels.weights.rules import Place

@@ -197,9 +197,7 @@ def _other(name: str) -> Callable[[np.ndarray], np.ndarray]:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize as by_package
     except ImportError:
-        raise ImportError(
-            f"array: tensors of type {name} are dequantised by the package gguf; install it with `pip install gguf`"
-        ) from None
+        raise ImportError(f"array: tensors of type {name} need the package gguf: pip install 'fmodels[gguf]'") from None
     kind = GGMLQuantizationType[name.upper()]
     return lambda blocks: by_package(blocks, kind)
 

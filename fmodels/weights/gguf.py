@@ -323,13 +323,12 @@ def write(
     for key, dtype in NARROW.items():
         if names := [n for n, t in tensors.items() if t.dtype == dtype and kinds[n] == "f32" and is_wide(n, t.shape)]:
             metadata[key] = names
-    if type is not None or "general.file_type" not in metadata:
-        most = dict.fromkeys(kinds.values(), 0)
-        for name, kind in kinds.items():
-            most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
-        main = type or max(most, key=lambda kind: most[kind], default="f32")
-        if main in FILE_TYPES:
-            metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
+    most = dict.fromkeys(kinds.values(), 0)
+    for name, kind in kinds.items():
+        most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
+    main = type or max(most, key=lambda kind: most[kind], default="f32")
+    if main in FILE_TYPES:
+        metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):
         metadata.setdefault("general.quantization_version", np.uint32(2))
     alignment = _alignment(metadata, _refuse)
