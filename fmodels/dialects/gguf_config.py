@@ -332,10 +332,9 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
 
 def _differences(config: Config, found: Mapping[str, Any]) -> list[str]:
     """In what the config that is read back computes otherwise."""
-    nothing = {name: Tensor.lazy(name, np.float32, (), lambda: np.zeros((), np.float32)) for name in names(config)}
-    nothing["token_embd.weight"] = Tensor.lazy(
-        "", np.float32, (config.vocab_size, config.hidden_size), lambda: np.zeros(0)
-    )
+    rows = {"token_embd.weight": config.vocab_size}  # of the shapes, what is read
+    experts = getattr(config, "num_experts", 1)
+    nothing = {n: Tensor.lazy(n, np.float32, (rows.get(n, experts),), lambda: np.zeros(0)) for n in names(config)}
     try:
         back = config_from_gguf(found, {**nothing, **factor_tensors(config)})
     except ValueError as error:

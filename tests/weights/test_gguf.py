@@ -281,7 +281,7 @@ def test_old_version_and_texts_that_are_no_utf8(tmp_path):
     assert ours.read(tmp_path / "y.gguf")[1]["k"].encode("utf-8", "surrogateescape") == b"\xff\xfe"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_damaged_files_give_clean_errors(golden, tmp_path_factory, data):
     raw = bytearray(golden[0].read_bytes())
