@@ -215,7 +215,9 @@ def test_quantised_files(rows, tmp_path):
     assert isinstance(query, Blocks)
     assert isinstance(expert, Blocks)
     again = dialect.write(torch_names, config)
-    assert all(same(again[n].array(), t.array()) for n, t in tensors.items())
+    for n, one in tensors.items():
+        assert type(again[n]) is type(one), n
+        assert same(again[n].array(), one.array()), n
     assert (
         fm.load(tmp_path / "x.gguf", dtype="bfloat16")[0]["layers"]["moe"]["up"]["weight"].dtype == ml_dtypes.bfloat16
     )

@@ -27,6 +27,7 @@ from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
+from fmodels.weights.ggml import Blocks
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import listing
 
@@ -55,9 +56,9 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             want = want if place.expert is None else (size["x"], *want)
             if tensors[n].shape != want and place.expert in (None, 0):
                 problems.append(f"{n!r} has shape {list(tensors[n].shape)}, expected {list(want)}")
-        parts = [tensors[n] if place.expert is None else ggml.part(tensors[n], place.expert) for n in names]
         if not problems:
-            found[name] = _to_torch(name, place, held, parts, size)
+            parts = {n: tensors[n] if place.expert is None else ggml.part(tensors[n], place.expert) for n in names}
+            found[name] = _to_torch(name, place, held, parts, config)
     if problems:
         raise ValueError(
             f"load: {len(problems)} tensors of the GGUF file do not fit its metadata:\n  {listing(problems, sep='; ')}"
@@ -96,18 +97,36 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             others[name] = given[name]
         for source in held:
             own = name_at(source, place)
-            gathered.setdefault(own, []).append(_from_torch(own, place, source, given[name], place.sizes(config)))
+            gathered.setdefault(own, []).append(_from_torch(own, place, source, given[name], config))
             of_experts |= set() if place.expert is None else {own}
     found = {n: _stacked(n, parts) if n in of_experts else parts[0] for n, parts in gathered.items()}
     return {**found, **factor_tensors(config), **others}
 
 
-def _to_torch(name: str, place: Place, held: list[Source], parts: list[Tensor], size: Mapping[str, int]) -> Tensor:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moved(Tensor):
+    """A tensor of PyTorch's that is computed from those of a GGUF file; `write` gives these back as they are.
+
+    Attributes:
+        origin: name -> tensor of the file.
+        kind: the class of the config by which it was read.
+    """
+
+    origin: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    kind: type[Config] | None = None
+
+
+def _to_torch(name: str, place: Place, held: list[Source], parts: Mapping[str, Tensor], config: Config) -> Tensor:
     """The tensor of PyTorch's from those of GGUF."""
-    straight = [_straight(source, part, size, back=True) for source, part in zip(held, parts, strict=True)]
-    rule = place.rule
+    size, rule = place.sizes(config), place.rule
+    straight = [_straight(source, part, size, back=True) for source, part in zip(held, parts.values(), strict=True)]
     if len(straight) == 1 and held[0].rule.layouts == rule.layouts and rule.within is None:
-        return dataclasses.replace(straight[0], name=name)
+        found = dataclasses.replace(straight[0], name=name)
+        return (
+            Moved(name, found.dtype, found.shape, found.get, origin=parts, kind=type(config))
+            if held[0].shifted
+            else found
+        )
     dtype = _common(straight)
 
     def get() -> np.ndarray:
@@ -116,12 +135,14 @@ def _to_torch(name: str, place: Place, held: list[Source], parts: list[Tensor], 
             leaves |= rules.from_disk(source.rule, part.array().astype(dtype, copy=False), size)
         return rules.to_disk(rule, leaves, np.concatenate)
 
-    return Tensor.lazy(name, dtype, rules.disk_shape(rule, size), get)
+    return Moved(name, dtype, rules.disk_shape(rule, size), get, origin=parts, kind=type(config))
 
 
-def _from_torch(name: str, place: Place, source: Source, tensor: Tensor, size: Mapping[str, int]) -> Tensor:
+def _from_torch(name: str, place: Place, source: Source, tensor: Tensor, config: Config) -> Tensor:
     """The tensor of GGUF, or its part of one expert, from that of PyTorch's in which its leaves lie."""
-    rule = place.rule
+    if isinstance(tensor, Moved) and name in tensor.origin and tensor.kind is type(config):
+        return tensor.origin[name]
+    size, rule = place.sizes(config), place.rule
     if source.rule.leaves == rule.leaves and source.rule.layouts == rule.layouts and rule.within is None:
         return _straight(source, dataclasses.replace(tensor, name=name), size, back=False)
 
@@ -154,8 +175,12 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
 
 def _stacked(name: str, parts: list[Tensor]) -> Tensor:
     """The tensor of all experts."""
+    first = parts[0]
+    if all(isinstance(part, Blocks) and part.type == getattr(first, "type", "") for part in parts):
+        packed = [part.packed for part in parts if isinstance(part, Blocks) and part.packed is not None]
+        return Blocks.of(name, getattr(first, "type", ""), _stacked(name, packed))
     dtype = _common(parts)
-    shape = (len(parts), *parts[0].shape)
+    shape = (len(parts), *first.shape)
     return Tensor.lazy(name, dtype, shape, lambda: np.stack([p.array().astype(dtype, copy=False) for p in parts]))
 
 
