@@ -25,12 +25,12 @@ from fmodels.weights.ggml import Blocks, Widened
 from fmodels.weights.tensors import (
     File,
     Tensor,
-    as_bytes,
     brief,
     is_lfs_pointer,
     lfs_error,
     listing,
     replacing,
+    send,
     shape_problem,
 )
 
@@ -349,9 +349,9 @@ def write(
     with replacing(path) as out:
         out.write(head.ljust(_padded(len(head), alignment), b"\0"))
         for name, tensor in tensors.items():
-            data = _data(tensor, kinds[name])
-            out.write(data)
-            out.write(bytes(_padded(data.nbytes, alignment) - data.nbytes))
+            stored = _stored(tensor, kinds[name])
+            send(out, stored)
+            out.write(bytes(_padded(stored.nbytes, alignment) - stored.nbytes))
             if advance is not None:
                 advance(tensor.nbytes)
 
@@ -386,17 +386,17 @@ def _kind(name: str, tensor: Tensor, wanted: str | None) -> str:
     return wanted
 
 
-def _data(tensor: Tensor, kind: str) -> memoryview:
+def _stored(tensor: Tensor, kind: str) -> Tensor:
+    """The tensor whose elements are what lies in the file."""
     if isinstance(tensor, Blocks) and tensor.type == kind and tensor.packed is not None:
-        return as_bytes(tensor.packed)
+        return tensor.packed
     if isinstance(tensor, Widened) and tensor.wide is not None and kind == "f32":
-        return as_bytes(tensor.wide)
-    if kind == "q8_0":
-        packed = ggml.quantize_q8_0(tensor.array())
-        return packed.reshape(-1).data
-    dtype = ggml.TYPES[kind].dtype
-    assert dtype is not None
-    return as_bytes(tensor if tensor.dtype == dtype else ggml.cast(tensor, dtype))
+        return tensor.wide
+    known = ggml.TYPES[kind]
+    if known.dtype is not None:
+        return tensor if tensor.dtype == known.dtype else ggml.cast(tensor, known.dtype)
+    row = (*tensor.shape[:-1], tensor.shape[-1] // known.size * known.nbytes)
+    return Tensor.lazy(tensor.name, np.uint8, row, lambda: ggml.quantize_q8_0(tensor.array()))
 
 
 def _padded(size: int, alignment: int) -> int:
