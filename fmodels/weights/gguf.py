@@ -320,9 +320,6 @@ def write(
     if problems:
         raise ValueError(f"write: {len(problems)} tensors cannot be in a GGUF file: {listing(problems, sep='; ')}")
     kinds = {name: _kind(name, tensor, type) for name, tensor in tensors.items()}
-    for key, dtype in NARROW.items():
-        if names := [n for n, t in tensors.items() if t.dtype == dtype and kinds[n] == "f32" and is_wide(n, t.shape)]:
-            metadata[key] = names
     most = dict.fromkeys(kinds.values(), 0)
     for name, kind in kinds.items():
         most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
@@ -331,6 +328,9 @@ def write(
         metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):
         metadata.setdefault("general.quantization_version", np.uint32(2))
+    for key, dtype in NARROW.items():
+        if names := [n for n, t in tensors.items() if t.dtype == dtype and kinds[n] == "f32" and is_wide(n, t.shape)]:
+            metadata[key] = names
     alignment = _alignment(metadata, _refuse)
     parts = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata))]
     for key, value in metadata.items():
