@@ -7,7 +7,7 @@ Source: ggml/src/ggml-quants.c of llama.cpp and its gguf-py/gguf/quants.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ TYPES: dict[str, Type] = {
 
 BY_CODE = {known.code: name for name, known in TYPES.items()}
 BY_DTYPE = {known.dtype: name for name, known in TYPES.items() if known.dtype is not None}
-CHUNK = 2**14  # blocks that are dequantised at a time: what lies between stays in the processor's cache
+CHUNK = 2**16  # numbers that are converted at a time: what lies between stays in the processor's cache
 
 
 def dequantize(packed: np.ndarray, name: str) -> np.ndarray:
@@ -98,8 +98,7 @@ def dequantize(packed: np.ndarray, name: str) -> np.ndarray:
     out = np.empty((len(blocks), kind.size), np.float32)
     unpack = UNPACK.get(name) or _other(name)
     with np.errstate(all="ignore"):  # scales of a damaged file
-        for start in range(0, len(blocks), CHUNK):
-            part = slice(start, start + CHUNK)
+        for part in _chunks(len(blocks), kind.size):
             out[part] = unpack(np.ascontiguousarray(blocks[part])).reshape(-1, kind.size)
     return out.reshape(shape)
 
@@ -180,16 +179,25 @@ def quantize_q8_0(array: np.ndarray) -> np.ndarray:
     Args:
         array: `(… k)`, floating; k is a multiple of 32.
     """
-    blocks = np.ascontiguousarray(array).astype(np.float32, copy=False).reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    wanted = blocks * inverse
-    size = np.abs(wanted)
-    floor = np.floor(size)  # halves are rounded away from zero, as by roundf
-    rounded = np.sign(wanted) * (floor + np.floor(2 * (size - floor)))
-    packed = np.concatenate([scale.astype(np.float16).view(np.uint8), rounded.astype(np.int8).view(np.uint8)], axis=1)
+    blocks = np.ascontiguousarray(array).reshape(-1, 32)
+    packed = np.empty((len(blocks), 34), np.uint8)
+    for part in _chunks(len(blocks), 32):
+        wide = blocks[part].astype(np.float32, copy=False)
+        scale = np.abs(wide).max(axis=1, keepdims=True) / np.float32(127)
+        with np.errstate(divide="ignore"):
+            inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+        wanted = wide * inverse
+        size = np.abs(wanted)
+        floor = np.floor(size)  # halves are rounded away from zero, as by roundf
+        rounded = np.sign(wanted) * (floor + np.floor(2 * (size - floor)))
+        packed[part, :2] = scale.astype(np.float16).view(np.uint8)
+        packed[part, 2:] = rounded.astype(np.int8).view(np.uint8)
     return packed.reshape(*array.shape[:-1], -1)
+
+
+def _chunks(blocks: int, size: int) -> Iterator[slice]:
+    step = max(CHUNK // size, 1)
+    return (slice(start, start + step) for start in range(0, blocks, step))
 
 
 def _other(name: str) -> Callable[[np.ndarray], np.ndarray]:

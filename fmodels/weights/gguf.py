@@ -55,6 +55,7 @@ SCALARS: dict[int, np.dtype] = {  # code of a value's type
 }
 SCALAR_CODES = {dtype: code for code, dtype in SCALARS.items()}
 TEXT, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 2**20
 MAX_HEADER = 100_000_000  # bytes, as of safetensors; that of a large vocabulary has 10 MB
@@ -185,6 +186,19 @@ class _Header:
         """A string; bytes that are no UTF-8, which some vocabularies have, become surrogates that are written as they were."""
         return bytes(self.take(self.number("<Q"))).decode("utf-8", "surrogateescape")
 
+    def texts(self, count: int) -> list[str]:
+        """So many strings: as `text`, for vocabularies in half of the time."""
+        found: list[str] = []
+        data, at, end = self.data, self.position, len(self.data) - 8
+        for _ in range(count):
+            start = at + 8
+            at = start + LENGTH.unpack_from(data, at)[0] if at <= end else end + 9
+            if at > end + 8:
+                self.refuse(f"{count} texts are announced at {self.position}, the header ends before")
+            found.append(str(data[start:at], "utf-8", "surrogateescape"))
+        self.position = at
+        return found
+
     def begin(self) -> tuple[int, int]:
         """How many tensors and pieces of metadata follow."""
         head = self.file.read(0, 200)
@@ -219,7 +233,7 @@ class _Header:
         if self.items > MAX_ITEMS or depth == MAX_DEPTH:
             self.refuse(f"{where} has more than {MAX_ITEMS} values, or arrays nested deeper than {MAX_DEPTH}")
         if inner == TEXT:
-            return [self.text() for _ in range(count)]
+            return self.texts(count)
         return tuple(self.value(inner, where, depth + 1) for _ in range(count))
 
     def numbers(self, code: int, count: int, where: str) -> np.ndarray:
