@@ -294,7 +294,7 @@ def test_metadata_that_are_not_understood():
         ({"llama.attention.head_count_kv": np.arange(3)}, "differs between layers"),
         ({"llama.attention.value_length": np.uint32(3)}, "value_length"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
-        ({"llama.attention.layer_norm_rms_epsilon": np.float32("nan")}, "must be a number"),
+        ({"llama.attention.layer_norm_rms_epsilon": np.float32("nan")}, "must be a positive number"),
         ({"llama.rope.dimension_count": np.uint32(8)}, "rope.dimension_count=8 of head_dim=128"),
         ({"llama.rope.scaling.type": "other", "llama.rope.scaling.factor": np.float32(2)}, "'other' with a factor 2.0"),
         ({"llama.attention.sliding_window": np.uint32(8)}, "unknown key 'llama.attention.sliding_window'"),

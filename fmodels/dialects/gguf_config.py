@@ -170,10 +170,9 @@ class _Reader:
         found["head_dim"] = self.size("attention.key_length", max(hidden // heads, 1))
         if self.size("attention.value_length", found["head_dim"]) != found["head_dim"]:
             self.problems.append(f"{self.prefix}attention.value_length is not that of keys, which is not supported")
-        epsilon = self.real(_epsilon(kind))
-        found |= {} if epsilon is None else {"norm_eps": epsilon}
-        if epsilon is None:
+        if self.get(_epsilon(kind)) is None:
             self.problems.append(f"{self.prefix}{_epsilon(kind)} is missing")
+        found["norm_eps"] = self.real(_epsilon(kind), 1e-6)
         if self.layers > len(self.tensors):
             self.problems.append(f"{self.prefix}block_count={self.layers}, the file has {len(self.tensors)} tensors")
         table = self.tensors.get("token_embd.weight")
