@@ -91,7 +91,9 @@ class Format:
 FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: transformers', then what it does not read
     "safetensors": Format("safetensors", "model", "safetensors"),
     "torch": Format("torch_bin", "pytorch_model", "bin"),
-    "gguf": Format("gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False),
+    "gguf": Format(
+        "gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False
+    ),
     "npz": Format("npz", "model", "npz", sharded=False),
     "orbax": Format("orbax", "params", "", dialect="fmodels", sharded=False, directory=True),
 }
