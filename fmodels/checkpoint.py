@@ -68,7 +68,7 @@ def open_checkpoint(
     path = hub.resolve(source, variant=variant, format=format, **hub_options)
     folder = path.is_dir() and not is_alone(path)
     raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
-    config = _config(path, metadata, task)
+    config = _config(path, metadata, raw, task)
     return Checkpoint(path, config, dialects.read(raw, config, metadata["format"]), raw, metadata)
 
 
@@ -81,12 +81,12 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     """
     path = hub.resolve(source, **hub_options)
     if (_folder_of(path) / "config.json").exists():
-        return _config(path, {}, task)
+        return _config(path, {}, {}, task)
     try:
-        metadata = (read_folder(path) if path.is_dir() else read_file(path))[1]
+        tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
     except FileNotFoundError:
-        metadata = {}
-    return _config(path, metadata, task)
+        tensors, metadata = {}, {}
+    return _config(path, metadata, tensors, task)
 
 
 def _folder_of(path: Path) -> Path:
@@ -94,11 +94,11 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() and not is_alone(path) else path.parent
 
 
-def _config(path: Path, metadata: Mapping[str, Any], task: str | None) -> Config:
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], task: str | None) -> Config:
     folder = _folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
-        if (config := dialects.config_of(metadata, task=task)) is not None:
+        if (config := dialects.config_of(metadata, tensors, task=task)) is not None:
             return config
         raise FileNotFoundError(
             f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights"
@@ -453,7 +453,7 @@ def as_written(
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
+    metadata = dialects.metadata_of(config, names, metadata)
     return dialects.write(tensors, config, names), metadata, files
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import BIASES, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Config(_decoder.Config):
     """Llama's config; the defaults are Llama 7B's."""
 
     model_type: ClassVar[str] = "llama"
+    gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, shown=BIASES, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,
         "attention_bias": "attention_bias",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Config(_decoder.Config):
     sliding_window: int | None = 4096
 
     model_type: ClassVar[str] = "mistral"
+    gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "sliding_window": "sliding_window"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mistral", *_decoder.ALL)
 
