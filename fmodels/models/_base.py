@@ -118,6 +118,8 @@ class Config:
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    norm: ClassVar[str] = "layer"
+    """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.weights.rules import Flax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,6 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Llama", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights()
+WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True))
 
 FAMILY = _decoder.family(Config, WEIGHTS)

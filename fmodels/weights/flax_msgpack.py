@@ -39,7 +39,9 @@ DTYPES: dict[str, np.dtype] = {
         *(ml_dtypes.int4, ml_dtypes.uint4),
     )
 }
-SIZED: dict[str, tuple[int, int, dict[int, str]]] = {  # kind: code of size 0, how many sizes are codes, codes of the others
+SIZED: dict[
+    str, tuple[int, int, dict[int, str]]
+] = {  # kind: code of size 0, how many sizes are codes, codes of the others
     "map": (0x80, 16, {0xDE: ">H", 0xDF: ">I"}),
     "list": (0x90, 16, {0xDC: ">H", 0xDD: ">I"}),
     "text": (0xA0, 32, {0xD9: ">B", 0xDA: ">H", 0xDB: ">I"}),
@@ -118,21 +120,6 @@ def write(
     tree = _tree(tensors)
     with replacing(path) as out:
         _write_tree(out, tree, advance, max_chunk)
-
-
-def looks_like(path: str | os.PathLike[str]) -> bool:
-    """Whether the file begins as a map from text does, or is an empty map, as Flax's first shard may be.
-
-    Example:
-        >>> looks_like(__file__)
-        False
-    """
-    with open(path, "rb") as file:
-        head = file.read(6)
-    if not head or not (0x80 <= head[0] <= 0x8F or head[0] in SIZED["map"][2]):
-        return False
-    key = head[1 + struct.calcsize(SIZED["map"][2].get(head[0], "")) :][:1]
-    return head == b"\x80" or (key != b"" and (0xA0 <= key[0] <= 0xBF or key[0] in SIZED["text"][2]))
 
 
 class _Reader:
@@ -256,7 +243,9 @@ class _Reader:
         if problem := shape_problem(shape, parts[0].dtype.itemsize):
             self.fail(f"{brief(name)}: {problem}")
         if sum(part.size for part in parts) != math.prod(shape):
-            self.fail(f"{brief(name)} has the shape {list(shape)} and pieces of {sum(part.size for part in parts)} numbers")
+            self.fail(
+                f"{brief(name)} has the shape {list(shape)} and pieces of {sum(part.size for part in parts)} numbers"
+            )
         tensor = _Pieces(name, parts[0].dtype, shape, lambda: _joined(tensor), parts=tuple(parts))
         return tensor
 
@@ -324,7 +313,9 @@ def _write_tree(out: BinaryIO, tree: Tree, advance: Callable[[int], object] | No
             _write_array(out, value.shape, value.dtype, data)
         else:
             step = max(1, max_chunk // value.dtype.itemsize) * value.dtype.itemsize
-            out.write(_head("map", 3) + _text(CHUNKED) + bytes([TRUE]) + _text("shape") + _head("map", len(value.shape)))
+            out.write(
+                _head("map", 3) + _text(CHUNKED) + bytes([TRUE]) + _text("shape") + _head("map", len(value.shape))
+            )
             out.write(b"".join(_text(str(axis)) + _head("integer", size) for axis, size in enumerate(value.shape)))
             out.write(_text("chunks") + _head("map", -(-value.nbytes // step)))
             for number, begin in enumerate(range(0, value.nbytes, step)):

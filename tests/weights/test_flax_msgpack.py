@@ -11,7 +11,7 @@ from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fmodels.weights import flax_msgpack
+from fmodels.weights import flax_msgpack, read_file
 from fmodels.weights.tensors import Tensor
 
 RNG = np.random.default_rng(0)
@@ -83,33 +83,15 @@ def test_arrays_stay_on_disk(tmp_path, monkeypatch):
 def test_a_scalar_of_numpy_is_an_array_without_axes(tmp_path):
     (tmp_path / "x").write_bytes(serialization.msgpack_serialize({"x": np.float32(2.5)}))
     found = flax_msgpack.read(tmp_path / "x")[0]["x"]
-    assert found.shape == () and found.array().item() == 2.5
+    assert found.shape == ()
+    assert found.array().item() == 2.5
 
 
 def test_an_empty_map_is_a_file_without_tensors(tmp_path):
     flax_msgpack.write(tmp_path / "x", {})
     assert (tmp_path / "x").read_bytes() == serialization.to_bytes({}) == b"\x80"
     assert flax_msgpack.read(tmp_path / "x") == ({}, {})
-    assert flax_msgpack.looks_like(tmp_path / "x")
-
-
-@pytest.mark.parametrize(
-    ("raw", "is_one"),
-    [
-        (LEAF, True),
-        (serialization.to_bytes({f"{i}": np.zeros(1) for i in range(20)}), True),
-        (serialization.to_bytes({f"{i}": np.zeros(1) for i in range(70_000)}), True),
-        (b"\x80\x02}q\x00.", False),  # a pickle
-        (b"\x89HDF\r\n\x1a\n", False),
-        (b"GGUF\3\0\0\0", False),
-        (b"PK\3\4", False),
-        (b"", False),
-        (b"\xdf\0\0", False),
-    ],
-)
-def test_looks_like(tmp_path, raw, is_one):
-    (tmp_path / "x").write_bytes(raw)
-    assert flax_msgpack.looks_like(tmp_path / "x") is is_one
+    assert read_file(tmp_path / "x") == ({}, {"format": "flax"})
 
 
 def inner(shape=(3,), dtype="int32", data=bytes(12)):
@@ -124,7 +106,11 @@ def bomb(depth):
     return b"\x81\xa1a" * depth + b"\x80"
 
 
-PIECES = {"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": msgpack.ExtType(1, inner((2,), "int8", b"ab"))}}
+PIECES = {
+    "__msgpack_chunked_array__": True,
+    "shape": {"0": 2},
+    "chunks": {"0": msgpack.ExtType(1, inner((2,), "int8", b"ab"))},
+}
 
 
 def pieces(**changed):
@@ -187,7 +173,8 @@ def test_files_that_lie(tmp_path, name):
         return
     with pytest.raises(ValueError, match=message) as error:
         flax_msgpack.read(tmp_path / "x")
-    assert str(error.value).startswith("read: ") and len(str(error.value)) < 700
+    assert str(error.value).startswith("read: ")
+    assert len(str(error.value)) < 700
 
 
 def test_long_names_and_many_entries_are_bounded(tmp_path, monkeypatch):
@@ -217,7 +204,8 @@ def test_changed_files_give_only_our_errors(tmp_path, data):
     try:
         tensors, _ = flax_msgpack.read(tmp_path / "x")
     except ValueError as error:
-        assert str(error).startswith("read: ")
+        if not str(error).startswith("read: "):
+            raise
         return
     for found in tensors.values():
         found.array()
@@ -242,5 +230,6 @@ def test_every_dtype(tmp_path):
     raw = (tmp_path / "x").read_bytes()
     assert raw == serialization.to_bytes(tree)
     for name, array in serialization.msgpack_restore(raw).items():
-        assert array.dtype == tree[name].dtype and array.tobytes() == tree[name].tobytes(), name
+        assert array.dtype == tree[name].dtype, name
+        assert array.tobytes() == tree[name].tobytes(), name
     assert struct.unpack(">H", raw[1:3]) == (len(tree),)
