@@ -68,6 +68,8 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The inverse of `read`: the tensors of a Flax tree, sorted by their keys as JAX sorts them.
 
+    Of a head's bias that PyTorch has twice, Flax has the one that PyTorch reads.
+
     Raises:
         ValueError: the model has something that Flax's class has not, or several tensors that Flax has as one differ, which
             turns out when the array is asked for.

@@ -124,8 +124,9 @@ def test_every_tree_has_our_names_and_shapes(entry):
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_name_of_every_family_has_its_flax_name(name):
+    few = {"num_layers": 4} if hasattr(family(name).config, "num_experts") else {}  # there are enough names in those
     for task in family(name).config.ARCHITECTURES:
-        config = family(name).config(task=task)
+        config = family(name).config(task=task, **few)
         weights = family(name).weights
         shapes = {n: rules.disk_shape(p.rule, p.sizes(config)) for n, p in weights.places(config).items()}
         computed = {n.replace("@", weights.base_prefix(task)): f for n, f in weights.flax.computed.items()}

@@ -19,7 +19,8 @@ writes the golden models, and one of each entry of `trees.json`, as `flax_model.
     .venv-legacy/bin/python tests/goldens/make_flax.py --read written
 
 loads each with its Flax class, which must miss nothing and find nothing unexpected, and compares the arrays of the golden
-models and their logits bit by bit.
+models and their logits bit by bit. Of five classes of BigBird it says that a pooler was not used: PyTorch's have one, which
+nothing reads, and its bytes are kept.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ def read_back(folder: Path) -> None:
         is_golden = (goldens / path.name).exists()
         handler.messages.clear()
         model = class_of(config).from_pretrained(path, _do_init=is_golden)  # False is fast, and warns of the same
-        problems = [m for m in handler.messages if "bfloat16" not in m]
+        problems = [m for m in handler.messages if "checkpoint" in m and "precision" not in m]
         if is_golden:
             golden = class_of(config).from_pretrained(goldens / path.name)
             ours, theirs = (flatten_dict(m.params, sep="/") for m in (model, golden))
