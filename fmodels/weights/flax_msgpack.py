@@ -55,7 +55,7 @@ TRUE = 0xC3
 CHUNKED = "__msgpack_chunked_array__"
 MAX_CHUNK = 2**30  # bytes of an array above which Flax writes it in pieces
 MAX_DEPTH = 64  # of maps
-MAX_ENTRIES = 1_000_000  # of all maps
+MAX_ENTRIES = 500_000  # of all maps
 MAX_NAMES = 100_000_000  # characters of all names
 
 
