@@ -1,6 +1,7 @@
 """Pretrained transformers as plain parameter trees and pure functions, exchanged with everybody else exactly."""
 
 from fmodels import assets as assets
+from fmodels import dialects as dialects
 from fmodels import models as models
 from fmodels import tree as tree
 from fmodels.api import abstract as abstract

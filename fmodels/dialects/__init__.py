@@ -14,7 +14,7 @@ from typing import Any
 from fmodels.models import Config
 from fmodels.weights import Tensor
 
-DIALECTS: dict[str, str | None] = {"pt": None, "mlx": None, "fmodels": "tree", "gguf": "gguf"}
+DIALECTS: dict[str, str | None] = {"pt": None, "mlx": None, "fmodels": "tree", "flax": "flax", "gguf": "gguf"}
 """Name, as in the metadata of safetensors -> module here; None where the names are PyTorch's."""
 
 
@@ -37,6 +37,20 @@ def write(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str,
     """The inverse of `read`."""
     module = _module(name)
     return dict(tensors) if module is None else module.write(tensors, config)
+
+
+def read_arrays(arrays: Mapping[str, Any], config: Config, name: str) -> dict[str, Any]:
+    """`read` for arrays, of any library that has `dtype`, `shape` and `T`, or for what JAX traces."""
+    return {key: tensor.array() for key, tensor in read(_tensors(arrays), config, name).items()}
+
+
+def write_arrays(arrays: Mapping[str, Any], config: Config, name: str) -> dict[str, Any]:
+    """The inverse of `read_arrays`."""
+    return {key: tensor.array() for key, tensor in write(_tensors(arrays), config, name).items()}
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: Tensor.lazy(key, array.dtype, array.shape, lambda array=array: array) for key, array in arrays.items()}
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, task: str | None = None) -> Config | None:

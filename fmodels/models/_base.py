@@ -121,6 +121,8 @@ class Config:
     """Task -> class name in transformers."""
     gguf: ClassVar[Gguf | None] = None
     """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
+    norm: ClassVar[str] = "layer"
+    """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 

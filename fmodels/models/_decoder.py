@@ -30,7 +30,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
 from fmodels.nn.positions import of_call, rope_tables, sinusoids
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import FLAX, Flax, Rule, Weights
 
 NORMS: dict[str, Callable[[Params, Array, float], Array]] = {
     "rms": rms_norm,
@@ -119,6 +119,7 @@ def weights(
     norm_bias: bool = False,
     when: Mapping[str, str] = {},
     ignored: tuple[str, ...] = (),
+    flax: Flax = FLAX,
 ) -> Weights:
     """The layout map of a decoder.
 
@@ -133,6 +134,7 @@ def weights(
         norm_bias: whether norms have biases.
         when: leaf, or name on disk, -> the property of the config that says whether it is there.
         ignored: regular expressions of names of buffers that old files have and nothing reads.
+        flax: what is special about the trees of Flax's classes.
     """
     rules: list[Rule] = []
     for name, leaf in names.items():
@@ -165,6 +167,7 @@ def weights(
         tied={f"{head}.weight": "embed.tokens"},
         ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
+        flax=flax,
     )
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import BIASES, Gguf
+from fmodels.weights.rules import Flax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,6 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Llama", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights()
+WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True))
 
 FAMILY = _decoder.family(Config, WEIGHTS)

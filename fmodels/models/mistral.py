@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import Gguf
+from fmodels.weights.rules import Flax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,6 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mistral", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights(question_answering="model")
+WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True), question_answering="model")
 
 FAMILY = _decoder.family(Config, WEIGHTS)

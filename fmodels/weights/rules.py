@@ -197,6 +197,27 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Flax:
+    """How the trees of transformers' Flax classes differ from what the names and axes of PyTorch's files let expect.
+
+    Attributes:
+        joined: name on disk -> the names of tensors that Flax has as this one, which must be equal. A leading `@` as in rules.
+        computed: name on disk -> function of the config that computes the tensor, which Flax has not.
+        repeats_head: whether a tied head has its weight in the tree.
+        lacks: property of the config -> what Flax's classes do not have, in models where it is true.
+    """
+
+    joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    computed: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    repeats_head: bool = False
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+FLAX = Flax()
+"""Trees in which nothing is special."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A family's layout map.
 
@@ -213,6 +234,7 @@ class Weights:
         stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
         module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
             either form are read.
+        flax: what is special about Flax's trees.
     """
 
     rules: tuple[Rule, ...]
@@ -224,6 +246,7 @@ class Weights:
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     module: Weights | None = None
+    flax: Flax = FLAX
 
     @property
     def of_module(self) -> Weights:

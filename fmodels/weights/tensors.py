@@ -169,15 +169,19 @@ class Tensor:
 
     def read_into(self, out: np.ndarray) -> None:
         """Writes the elements into `out`, a C-contiguous array of the same dtype and shape."""
+        self.check_target(out)
+        if self.file is None:
+            out[...] = self.array()
+        else:
+            self.file.read_into(out, self.offset)
+
+    def check_target(self, out: np.ndarray) -> None:
+        """Raises a ValueError if `read_into` cannot write into `out`."""
         if out.dtype != self.dtype or out.shape != self.shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"read_into: expected a writable C-contiguous array {self.dtype}{list(self.shape)} for tensor "
                 f"{self.name!r}, got {out.dtype}{list(out.shape)} with strides {out.strides}"
             )
-        if self.file is None:
-            out[...] = self.array()
-        else:
-            self.file.read_into(out, self.offset)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
