@@ -14,7 +14,13 @@ from typing import Any
 from fmodels.models import Config
 from fmodels.weights import Tensor
 
-DIALECTS: dict[str, str | None] = {"pt": None, "mlx": None, "fmodels": "tree"}
+DIALECTS: dict[str, str | None] = {
+    "pt": None,
+    "mlx": None,
+    "fmodels": "tree",
+    "tf": "tensorflow",
+    "tf-original": "tensorflow_original",
+}
 """Name, as in the metadata of safetensors -> module here; None where the names are PyTorch's."""
 
 

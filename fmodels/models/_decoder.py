@@ -31,7 +31,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
 from fmodels.nn.positions import Rope, of_call, rope_tables, sinusoids
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import Rule, TensorFlow, Weights
 
 NORMS: dict[str, Callable[[Params, Array, float], Array]] = {
     "rms": rms_norm,
@@ -335,6 +335,7 @@ def weights(
     norm_bias: bool = False,
     when: Mapping[str, str] = {},
     ignored: tuple[str, ...] = (),
+    tensorflow: TensorFlow | None = None,
 ) -> Weights:
     """The layout map of a decoder.
 
@@ -349,6 +350,7 @@ def weights(
         norm_bias: whether norms have biases.
         when: leaf, or name on disk, -> the property of the config that says whether it is there.
         ignored: regular expressions of names of buffers that old files have and nothing reads.
+        tensorflow: about transformers' TensorFlow classes, if there were any.
     """
     rules: list[Rule] = []
     for name, leaf in names.items():
@@ -381,6 +383,7 @@ def weights(
         tied={f"{head}.weight": "embed.tokens"},
         ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
+        tensorflow=tensorflow,
     )
 
 

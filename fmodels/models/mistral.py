@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,11 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mistral", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights(question_answering="model")
+WEIGHTS = _decoder.weights(
+    question_answering="model",
+    tensorflow=TensorFlow(
+        without=("token-classification", "question-answering"), tokens="embeddings", head="always"
+    ),
+)
 
 FAMILY = _decoder.family(Config, WEIGHTS)

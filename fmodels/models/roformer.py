@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Rule
+from fmodels.weights.rules import Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ WEIGHTS = _encoder.weights(
     ),
     decoder=f"{PREDICTIONS}.decoder",
     bias=f"{PREDICTIONS}.bias",
+    tensorflow=TensorFlow(names={r"^cls/": "mlm___cls/"}, holds={"mlm___cls": "/embeddings/"}),
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)
