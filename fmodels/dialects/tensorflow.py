@@ -74,6 +74,8 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
 def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The inverse of `read`, under the names that the variables of transformers' class have.
 
+    They come in the order of PyTorch's modules, which is not always that of the class; transformers reads them by name.
+
     Args:
         tensors: by the names of PyTorch's files.
         config: of the model.
@@ -124,7 +126,9 @@ def metadata(config: Config) -> dict[str, Any]:
 def _about(config: Config) -> TensorFlow:
     about = family(config).weights.tensorflow
     if about is None or config.task in about.without:
-        raise ValueError(f"save: transformers had no class {_class(config)}, whose variables a TensorFlow file has; use another format")
+        raise ValueError(
+            f"save: transformers had no class {_class(config)}, whose variables a TensorFlow file has; use another format"
+        )
     return about
 
 
@@ -133,7 +137,7 @@ def _class(config: Config) -> str:
 
 
 def _variables(config: Config, *, every: bool = False) -> dict[str, Variable]:
-    """Name without the model's part -> what the variable is, in the order of the rules.
+    """Name without the model's part -> what the variable is, in the order of the rules, layer by layer.
 
     Args:
         config: of the model.
@@ -145,16 +149,14 @@ def _variables(config: Config, *, every: bool = False) -> dict[str, Variable]:
     places = weights.places_of_other_tasks(config) | places if every else places
     starts: dict[str, int] = {}  # part of the model -> the place of its first layer
 
-    def order(item: tuple[int, Place]) -> tuple[int, int]:
-        number, place = item
+    def order(item: tuple[int, tuple[str, Place]]) -> tuple[int, int]:
+        number, (_, place) = item
         if place.layer is None:
             return number, 0
         return starts.setdefault(schema.stack(place.rule.leaves[0]), number), place.layer
 
-    by_number = dict(enumerate(places.items()))
-    numbers = sorted(by_number, key=lambda number: order((number, by_number[number][1])))
     variables: dict[str, Variable] = {}
-    for name, place in (by_number[number] for number in numbers):
+    for _, (name, place) in sorted(enumerate(places.items()), key=order):
         if place.rule.leaves[0] != "lm_head.weight" or about.head != "never":
             own, variable = _variable(name, place, weights, about)
             variables[own] = variable
@@ -169,7 +171,7 @@ def _variable(name: str, place: Place, weights: Weights, about: TensorFlow) -> t
     """The variable's name without the model's part, and what it is."""
     rule = place.rule
     prefix = weights.prefix[""]
-    path = (rule.first if place.layer == 0 and rule.first else rule.name).replace("@", prefix and prefix + ".").replace("{l}", str(place.layer))
+    path = rule.name.replace("@", prefix and f"{prefix}.").replace("{l}", str(place.layer))
     *parts, last = re.split(r"\.(?!\d)", path)
     parts = [part if part.startswith("layers.") else re.sub(r"\.(\d+)$", r"_._\1", part) for part in parts]
     flat = about.conv1d is not None and re.search(about.conv1d, "/".join(parts)) is not None
@@ -216,11 +218,13 @@ def _scope(class_name: str) -> str:
 
 
 def to_torch(tensor: Tensor, variable: Variable) -> Tensor:
+    """PyTorch's tensor of a variable's, lazily."""
     lifted = variable.lift and len(tensor.shape) == 2 and tensor.shape[0] == 1
     return _view(tensor, variable.name, tensor.shape[lifted:], variable.reverse)
 
 
 def from_torch(tensor: Tensor, variable: Variable) -> Tensor:
+    """The inverse of `to_torch`."""
     return _view(tensor, variable.name, (1,) * variable.lift + tensor.shape, variable.reverse)
 
 

@@ -17,8 +17,11 @@ from fmodels.models import Config, family
 from fmodels.weights import Tensor
 from fmodels.weights.tensors import listing
 
-OPTIMIZER = re.compile(r"(^|/)(adam_m|adam_v|lamb_m|lamb_v|AdamWeightDecayOptimizer(_1)?|LAMBOptimizer(_1)?|global_step)(/|$)")
+OPTIMIZER = re.compile(
+    r"(^|/)(adam_m|adam_v|lamb_m|lamb_v|AdamWeightDecayOptimizer(_1)?|LAMBOptimizer(_1)?|global_step)(/|$)"
+)
 """What a training run keeps beside the weights."""
+
 
 def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The tensors under the names, and with the axes, of PyTorch's files; an optimizer's are left out.

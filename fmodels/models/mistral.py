@@ -29,9 +29,7 @@ class Config(_decoder.Config):
 
 WEIGHTS = _decoder.weights(
     question_answering="model",
-    tensorflow=TensorFlow(
-        without=("token-classification", "question-answering"), tokens="embeddings", head="always"
-    ),
+    tensorflow=TensorFlow(without=("token-classification", "question-answering"), tokens="embeddings", head="always"),
 )
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -97,7 +97,12 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
     "torch": Format("torch_bin", "pytorch_model", "bin"),
     "tf": Format("tf_h5", "tf_model", "h5", dialect="tf"),
     "tf-checkpoint": Format(
-        "tf_checkpoint", "model.ckpt", "index", dialect="tf-original", others=r".+\.ckpt[\w.-]*\.index", writable=False,
+        "tf_checkpoint",
+        "model.ckpt",
+        "index",
+        dialect="tf-original",
+        others=r".+\.ckpt[\w.-]*\.index",
+        writable=False,
         sharded=False,
     ),
     "npz": Format("npz", "model", "npz", sharded=False),

@@ -140,7 +140,9 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         raise ValueError(f"a block of {size} bytes at {offset} lies outside of the file")
     block, kind = raw[offset : offset + size], raw[offset + size]
     if kind != 0:
-        raise ValueError("it is compressed, which TensorFlow's own writer never does; load it with TensorFlow and save it again")
+        raise ValueError(
+            "it is compressed, which TensorFlow's own writer never does; load it with TensorFlow and save it again"
+        )
     (checksum,) = struct.unpack_from("<I", raw, offset + size + 1)
     if _masked(_crc32c(raw[offset : offset + size + 1])) != checksum:
         raise ValueError(f"the checksum of the block at {offset} is wrong")

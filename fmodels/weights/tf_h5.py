@@ -150,7 +150,9 @@ def write(
     metadata = metadata or {}
     for name, tensor in tensors.items():
         if tensor.dtype.kind not in "iuf" or tensor.dtype.itemsize > 8 or tensor.dtype.isbuiltin != 1:
-            raise ValueError(f'write: tensor {name!r} is {tensor.dtype}, which HDF5 does not have; cast it to "float32"')
+            raise ValueError(
+                f'write: tensor {name!r} is {tensor.dtype}, which HDF5 does not have; cast it to "float32"'
+            )
         if not name.isascii() or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
             raise ValueError(f"write: {brief(name)} cannot be the name of a variable in HDF5; rename it")
     with replacing(path) as out, h5py.File(out.name, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as root:
@@ -282,8 +284,8 @@ def _tensor(group: Any, name: str, file: File) -> Tensor:
     plain = dtype.kind in "iuf" and dtype.itemsize <= 8 and data.id.get_type() == h5py.h5t.py_create(dtype)
     if not plain:
         raise ValueError(f"{brief(name)} has no numbers, but {brief(str(dtype))}")
-    if data.shape is None or (problem := shape_problem(data.shape, dtype.itemsize)) is not None:
-        raise ValueError(f"{brief(name)}: {'no shape' if data.shape is None else problem}")
+    if (problem := shape_problem(data.shape, dtype.itemsize)) is not None:
+        raise ValueError(f"{brief(name)}: {problem}")
     native, count = dtype.newbyteorder("="), data.size * dtype.itemsize
     if layout == h5py.h5d.COMPACT or count == 0:
         if count > LIMIT * 2 or count != (data.id.get_storage_size() if count else 0):
