@@ -149,7 +149,7 @@ def write(
 
     metadata = metadata or {}
     for name, tensor in tensors.items():
-        if tensor.dtype.kind not in "iuf" or tensor.dtype.itemsize > 8 or tensor.dtype.isbuiltin != 1:
+        if tensor.dtype.kind not in "iuf" or tensor.dtype.itemsize > 8:
             raise ValueError(
                 f'write: tensor {name!r} is {tensor.dtype}, which HDF5 does not have; cast it to "float32"'
             )
@@ -167,7 +167,7 @@ def write(
         layers = _layers(tensors, metadata.get("layers") or {})
         _set_names(root, "layer_names", layers)
         for key, text in (("backend", "tensorflow"), ("keras_version", "2.15.0")):
-            root.attrs[key] = str(metadata.get(key, text))
+            root.attrs[key] = str(metadata.get(key, text)).encode()
         written: set[str] = set()
         for layer in sorted(layers):
             group = root.create_group(layer)

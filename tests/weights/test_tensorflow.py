@@ -94,10 +94,10 @@ def attributes(group):
     """The attributes of Keras, but for layers without variables, which have a number of the process in their names."""
     found = {}
     for key, value in group.attrs.items():
-        kind = group.attrs.get_id(key).get_type()
+        kind = h5py.check_string_dtype(group.attrs.get_id(key).dtype)
         if key == "layer_names":
             value = [name for name in value if not name.startswith("dropout")]
-        found[key] = (sorted(value) if not isinstance(value, str) else value, kind.get_class(), kind.is_variable_str())
+        found[key] = (value if isinstance(value, str) else sorted(value), kind)
     return found
 
 
@@ -128,7 +128,8 @@ def test_h5_of_transformers(tmp_path, name):
     for file in golden:
         if file.endswith(".json"):
             ours, theirs = (json.loads((folder / file).read_text()) for folder in (tmp_path, GOLDENS / name))
-            assert ours["weight_map"] == theirs["weight_map"]
+            plain = {key.replace("model_1/", "model/"): shard for key, shard in theirs["weight_map"].items()}
+            assert ours["weight_map"] == plain  # the second model of its class in one process has a number
         else:
             assert contents(tmp_path / file) == contents(GOLDENS / name / file)
     again, _ = fm.load(tmp_path)
@@ -163,7 +164,7 @@ def test_checkpoints_of_google(name, tmp_path):
     again = dialects.write(torch, config, "tf-original")
     same(dict(sorted(again.items())), kept)
     same(dialects.read(again, config, "tf-original"), torch)
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="can only be read"):
         fm.save(params, config, tmp_path, format="tf-checkpoint")
     base, _ = fm.load(GOLDENS / name / "model.ckpt.index", task="base")
     assert (base["embed"]["tokens"] == params["embed"]["tokens"]).all()
