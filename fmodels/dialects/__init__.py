@@ -14,7 +14,15 @@ from typing import Any
 from fmodels.models import Config
 from fmodels.weights import Tensor
 
-DIALECTS: dict[str, str | None] = {"pt": None, "mlx": None, "fmodels": "tree", "flax": "flax", "gguf": "gguf"}
+DIALECTS: dict[str, str | None] = {
+    "pt": None,
+    "mlx": None,
+    "fmodels": "tree",
+    "flax": "flax",
+    "tf": "tensorflow",
+    "tf-original": "tensorflow_original",
+    "gguf": "gguf",
+}
 """Name, as in the metadata of safetensors -> module here; None where the names are PyTorch's."""
 
 

@@ -30,7 +30,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
 from fmodels.nn.positions import of_call, rope_tables, sinusoids
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import FLAX, Flax, Rule, Weights
+from fmodels.weights.rules import FLAX, Flax, Rule, TensorFlow, Weights
 
 NORMS: dict[str, Callable[[Params, Array, float], Array]] = {
     "rms": rms_norm,
@@ -120,6 +120,7 @@ def weights(
     when: Mapping[str, str] = {},
     ignored: tuple[str, ...] = (),
     flax: Flax = FLAX,
+    tensorflow: TensorFlow | None = None,
 ) -> Weights:
     """The layout map of a decoder.
 
@@ -135,6 +136,7 @@ def weights(
         when: leaf, or name on disk, -> the property of the config that says whether it is there.
         ignored: regular expressions of names of buffers that old files have and nothing reads.
         flax: what is special about the trees of Flax's classes.
+        tensorflow: about transformers' TensorFlow classes, if there were any.
     """
     rules: list[Rule] = []
     for name, leaf in names.items():
@@ -168,6 +170,7 @@ def weights(
         ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
         flax=flax,
+        tensorflow=tensorflow,
     )
 
 

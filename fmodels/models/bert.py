@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, LM, head
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,17 @@ class Config(_encoder.Config):
 
 
 PREDICTIONS = "cls.predictions"
+TENSORFLOW = TensorFlow(
+    names={r"^cls/predictions": "mlm___cls/predictions", r"^cls/seq_relationship": "nsp___cls/seq_relationship"},
+    holds={"mlm___cls": "/embeddings/"},  # of which it needs the tokens'
+    original={
+        r"\.layer\.(\d+)\.": r".layer_\1.",
+        r"^cls\.predictions\.bias$": "cls.predictions.output_bias",
+        r"^cls\.seq_relationship\.(weight|bias)$": r"cls.seq_relationship.output_\1",
+        r"^qa_outputs\.(weight|bias)$": r"cls.squad.output_\1",
+        r"^classifier\.(weight|bias)$": r"output_\1",
+    },
+)
 
 WEIGHTS = _encoder.weights(
     "bert",
@@ -54,6 +66,7 @@ WEIGHTS = _encoder.weights(
     ),
     decoder=f"{PREDICTIONS}.decoder",
     bias=f"{PREDICTIONS}.bias",
+    tensorflow=TENSORFLOW,
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)

@@ -26,7 +26,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import last_real, of_call
 from fmodels.types import NOTHING, Array, Cache, Keep, Key, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import Rule, TensorFlow, Weights
 
 ATTENTION = tuple(f"layers.attention.{name}" for name in ("query", "key", "value"))
 
@@ -110,6 +110,9 @@ WEIGHTS = Weights(
     prefix={"": "transformer"},
     tied={"lm_head.weight": "embed.tokens"},
     ignored=(r"\.attn\.(bias|masked_bias)$",),
+    tensorflow=TensorFlow(
+        without=("token-classification", "question-answering"), tokens="embeddings", conv1d=r"/c_(attn|proj|fc)$"
+    ),
     rules=(
         Rule("@wte.weight", "embed.tokens"),
         Rule("@wpe.weight", "embed.positions"),

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import Gguf
-from fmodels.weights.rules import Flax
+from fmodels.weights.rules import Flax, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mistral", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True), question_answering="model")
+WEIGHTS = _decoder.weights(
+    question_answering="model",
+    flax=Flax(repeats_head=True),
+    tensorflow=TensorFlow(without=("token-classification", "question-answering"), tokens="embeddings", head="always"),
+)
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder, _fairseq
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ WEIGHTS = _decoder.weights(
         "layers.attention_norm": "norm_affine", "layers.mlp_norm": "norm_affine",
     },
     ignored=(r"decoder\.version$",),
+    tensorflow=TensorFlow(without=("sequence-classification", "question-answering")),
 )  # fmt: skip
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Flax, Rule
+from fmodels.weights.rules import Flax, Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,7 @@ WEIGHTS = _encoder.weights(
         computed={"@encoder.embed_positions.weight": angles},
         lacks={"is_narrow": "a projection of embeddings that are smaller than the hidden states"},
     ),
+    tensorflow=TensorFlow(names={r"^cls/": "mlm___cls/"}, holds={"mlm___cls": "/embeddings/"}),
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)

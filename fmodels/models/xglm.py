@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, _fairseq
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ WEIGHTS = _decoder.weights(
     },
     norm_bias=True,
     ignored=(r"embed_positions\.(weights|_float_tensor)$",),  # the table of sines
+    tensorflow=TensorFlow(head="always"),
 )
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -218,6 +218,36 @@ FLAX = Flax()
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorFlow:
+    """What the rules do not say about transformers' TensorFlow classes; read by `fmodels.dialects.tensorflow`.
+
+    Names are of variables without the model's part and `:0`, such as `bert/pooler/dense/kernel`.
+
+    Attributes:
+        without: tasks for which transformers has a class of PyTorch, and none of TensorFlow.
+        tokens: how the name of the token table ends.
+        head: when the head over the vocabulary has a variable of its own: `"never"`, `"untied"` or `"always"`.
+        names: regular expression -> replacement, for the names that follow from the rules.
+        conv1d: regular expression of the affine maps with input axes first in PyTorch, too, and a bias `(1, n)`.
+        unread: name of a variable that nothing reads -> the one of which it is a copy.
+        outside: names' first parts that stand in place of the model's part, too.
+        holds: layer of the model -> regular expression of the names of other layers that it holds, too.
+        original: regular expression -> replacement, from PyTorch's names to those of the family's first checkpoints, which
+            were TensorFlow's.
+    """
+
+    without: tuple[str, ...] = ()
+    tokens: str = "weight"
+    head: str = "never"
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    conv1d: str | None = None
+    unread: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outside: tuple[str, ...] = ()
+    holds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    original: Mapping[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A family's layout map.
 
@@ -235,6 +265,7 @@ class Weights:
         module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
             either form are read.
         flax: what is special about Flax's trees.
+        tensorflow: about transformers' TensorFlow classes, if there were any.
     """
 
     rules: tuple[Rule, ...]
@@ -247,6 +278,7 @@ class Weights:
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     module: Weights | None = None
     flax: Flax = FLAX
+    tensorflow: TensorFlow | None = None
 
     @property
     def of_module(self) -> Weights:
