@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fmodels.types import Array
 
@@ -181,12 +182,14 @@ class Codec:
 
     Attributes:
         main: the part that tells the leading axes (layer, expert), and how many axes it has without them.
+        order: the axes of that part along which rows and columns lie, as negative numbers; None if they do not.
         separator: what is between the name of the weight, without `.weight`, and that of a part on disk.
         derived: parts that are made from others when a file is read, and are not on disk.
         padded: parts of bytes that zeros behind them make equally long in all layers.
     """
 
     main: ClassVar[tuple[str, int]]
+    order: ClassVar[tuple[int, int] | None] = (-2, -1)
     separator: ClassVar[str] = "."
     derived: ClassVar[frozenset[str]] = frozenset()
     padded: ClassVar[frozenset[str]] = frozenset()
@@ -223,9 +226,9 @@ class Quantized:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from fmodels.codecs import Fp8
+        >>> from fmodels.codecs import Blocks
         >>> parts = {"weight": jnp.ones((4, 6), jnp.float8_e4m3fn), "weight_scale_inv": jnp.full((1, 2), 0.5)}
-        >>> leaf = Quantized(parts, Fp8((4, 4)), (2, 2, 6), jnp.dtype("float32"))
+        >>> leaf = Quantized(parts, Blocks((4, 4)), (2, 2, 6), jnp.dtype("float32"))
         >>> leaf.shape, einsum("bd,hkd->bhk", jnp.ones((1, 6)), leaf).tolist()
         ((2, 2, 6), [[[3.0, 3.0], [3.0, 3.0]]])
     """
@@ -255,14 +258,43 @@ class Quantized:
         """The leaf that stands for the array in `dtype`; its parts stay."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
+    def partition(self, spec: Sequence[Any]) -> Quantized:
+        """The leaf with a `PartitionSpec` for each part, from the entries of one for the leaf's own axes.
+
+        All parts are split along leading axes. Along rows or columns only the main part is, by the first of their axes.
+
+        Raises:
+            ValueError: a part cannot be split so.
+        """
+        lead, (main, axes) = self.ndim - len(self.size), self.codec.main
+        high = jax.eval_shape(self._matrix, self.parts).shape[-2]
+        if (rows := self.row_range) is not None:
+            high = rows.groups * rows.width
+        count = next(i for i in range(1, len(self.size) + 1) if math.prod(self.size[:i]) == high)
+        entries = tuple(spec) + (None,) * (self.ndim - len(spec))
+        own: list[Any] = [None] * axes
+        for i, entry in enumerate(entries[lead:]):
+            first = i == count or (i == 0 and (rows is None or rows.groups == self.size[0]))
+            if entry is not None and (self.codec.order is None or not first):
+                raise ValueError(
+                    f"partition: {type(self.codec).__name__} of shape {self.shape} cannot be split along axis {lead + i}; "
+                    "leave its letter out, or use dequantize"
+                )
+            if entry is not None and self.codec.order is not None:
+                own[self.codec.order[i == count]] = entry
+        specs = {name: PartitionSpec(*entries[:lead], *(own if name == main else ())) for name in self.parts}
+        return dataclasses.replace(self, parts=specs)
+
     def dequantize(self) -> Array:
         """The array that this leaf stands for."""
-        parts, rows = {name: jnp.asarray(part) for name, part in self.parts.items()}, self.row_range
+        return self._matrix(self.parts).reshape(self.shape)
+
+    def _matrix(self, parts: Mapping[str, Array]) -> Array:
+        """The leaf's rows of the matrix."""
+        parts, rows = {name: jnp.asarray(part) for name, part in parts.items()}, self.row_range
         chosen = None if rows is None else self.codec.rows(parts, rows.pick)
         matrix = self.codec.decode(parts if chosen is None else chosen).astype(self.dtype)
-        if rows is not None and chosen is None:
-            matrix = rows.pick(matrix, -2)
-        return matrix.reshape(self.shape)
+        return rows.pick(matrix, -2) if rows is not None and chosen is None else matrix
 
     def einsum(self, equation: str, x: Array) -> Array:
         return einsum(equation, x, self._after(x).dequantize())

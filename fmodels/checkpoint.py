@@ -19,16 +19,18 @@ from tqdm import tqdm
 
 from fmodels import hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.arrays import Quantized
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
-from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import READERS, aligned_empty
 
 ALIGNMENT = 64
+Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
 
 
 def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hub_options: Any) -> Config:
@@ -128,6 +130,7 @@ def load(
     )  # fmt: skip
     config = load_config(folder, task=task)
     tensors, _ = read_folder(folder, variant=variant) if folder.is_dir() else read_file(folder)
+    tensors = quantized.join(tensors, None if config.quantization is None else json.loads(config.quantization))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     new_head = task is not None and key is not None
     planned = layout.plan(shapes, config, new_head=new_head)
@@ -140,8 +143,9 @@ def load(
         if (different := _tied_but_different(planned, tensors)) is not None:
             raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
     _check_dtypes(planned, tensors, dtype)
-    stacked = stacked and not schema.is_ragged(config)
-    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    kinds = _kinds(planned, tensors)
+    stacked = stacked and not schema.is_ragged(config) and all(quantized.is_even([t for t, _ in k]) for k in kinds.values())
+    params = _read(kinds, config, dtype, stacked, sharding)
     if planned.missing:
         params = _with_new_head(params, planned, config, key, dtype)
     return params, dataclasses.replace(config, module_names=True) if planned.module else config
@@ -180,30 +184,41 @@ def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: An
         )
 
 
-def _read(
-    planned: layout.Plan, tensors: Mapping[str, Tensor], config: Config, dtype: Any, stacked: bool, sharding: Any
-) -> Params:
+def _kinds(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> Kinds:
+    """The tensors and their places by rule, layer by layer."""
+    kinds: Kinds = {}
+    for name, place in planned.tensors.items():
+        kinds.setdefault(place.rule, []).append((tensors[name], place))
+    for members in kinds.values():
+        members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
+    return kinds
+
+
+def _read(kinds: Kinds, config: Config, dtype: Any, stacked: bool, sharding: Any) -> Params:
     """Reads each tensor once, straight to where it stays: into its part of the stacked leaf, or mapped as it lies.
 
     One kind of tensor after the other, its layers in parallel, so that the host never holds more than one stacked leaf
     beside what is on its device already.
     """
     shardings = tree.flatten(sharding) if isinstance(sharding, dict) else None
-    kinds: dict[rules.Rule, list[tuple[Tensor, Place]]] = {}
-    for name, place in planned.tensors.items():
-        kinds.setdefault(place.rule, []).append((tensors[name], place))
     leaves: dict[str, Any] = {}
-    total = sum(tensors[name].nbytes for name in planned.tensors)
+    total = sum(tensor.nbytes for members in kinds.values() for tensor, _ in members)
     with (
         ThreadPoolExecutor(READERS) as pool,
         tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for rule, members in kinds.items():
+            packed, members = quantized.apart(members)
+            if packed:
+                found = quantized.leaves(rule, packed, packed[0][1].sizes(config), stacked=stacked, dtype=dtype)
+                leaves.update(_to_device(found, sharding if shardings is None else shardings))
+                bar.update(sum(tensor.nbytes for tensor, _ in packed))
+            if not members:
+                continue
             target = _target_dtype(members[0][0].dtype, dtype)
             done: dict[str, np.ndarray] = {}
             first = members[0][1]
             if (stacked and first.layer is not None) or first.expert is not None:
-                members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
                 whole = _as_one(rule, config, target, [tensor for tensor, _ in members]) if stacked else None
                 if whole is not None:
                     leaves.update(_to_device(whole, sharding if shardings is None else shardings))
@@ -297,13 +312,18 @@ def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:
     return np.dtype(wanted) if wanted is not None and jnp.issubdtype(stored, jnp.floating) else stored
 
 
-def _to_device(arrays: dict[str, np.ndarray], sharding: Any) -> dict[str, jax.Array]:
+def _to_device(arrays: Mapping[str, np.ndarray | Quantized], sharding: Any) -> dict[str, Any]:
     if sharding is None:
-        return jax.device_put(arrays)
+        return jax.device_put({**arrays})
 
-    def shard(path: str, array: np.ndarray) -> jax.Array:
-        own = sharding[path] if isinstance(sharding, dict) else sharding
+    def put(array: np.ndarray, own: Any) -> jax.Array:
         return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+
+    def shard(path: str, array: np.ndarray | Quantized) -> Any:
+        own = sharding[path] if isinstance(sharding, dict) else sharding
+        if isinstance(array, Quantized):
+            return jax.tree.map(put, array, quantized.shardings(path, array, own))
+        return put(array, own)
 
     return {path: shard(path, array) for path, array in arrays.items()}
 
@@ -363,6 +383,9 @@ def save(
         raise ValueError(f"save: format {format!r} is not supported; one of {', '.join(FORMATS)}")
     check(params, config)
     data = {**config.to_hf(), "dtype": np.dtype(params["embed"]["tokens"].dtype).name}
+    quantized.check_config(params, config)
+    if not quantized.has(params):
+        data.pop("quantization_config", None)
     files = {"config.json": _json(data)}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
@@ -380,6 +403,9 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, (place, source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or place.layer is None else place.leaves(stacked=False)
+        if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
+            tensors |= quantized.split(name, leaf, place.index(stacked=stacked))
+            continue
 
         def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:
             leaves = {p: place.part(np.asarray(flat[where[p]]), stacked=stacked) for p in place.rule.leaves}
