@@ -288,7 +288,9 @@ def _build_compressed(options: Options, group: Group) -> Packed | None:
             return None
         shape = (int(stated.array()[0]), int(stated.array()[1]))
         if codes.shape != (shape[0], -(-shape[1] * bits // 32)):
-            return group.fail(f"'weight_packed' has shape {list(codes.shape)}, which does not fit 'weight_shape' {shape}")
+            return group.fail(
+                f"'weight_packed' has shape {list(codes.shape)}, which does not fit 'weight_shape' {shape}"
+            )
         del tensors["weight_shape"]
     else:
         codes = group.expect("weight", ("int8",) if weights.get("type") == "int" else ("float8_e4m3fn",), (None, None))

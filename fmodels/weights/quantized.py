@@ -131,6 +131,8 @@ def leaves(
     found: dict[str, Quantized] = {}
     for layer, group in groups.items():
         first = group[0]
+        same = [packed.parts for packed, _ in members if packed.kind == first.kind]
+        shapes = {name: max((parts[name].shape for parts in same), key=lambda shape: shape[:1]) for name in first.parts}
         if not is_even(group):
             raise ValueError(f"load: experts such as {first.name!r} are not all quantised in the same way")
         lead: tuple[int, ...] = ()
@@ -138,8 +140,10 @@ def leaves(
             lead += (len({place.layer for _, place in members}),)
         if members[0][1].expert is not None:
             lead += (len({place.expert for _, place in members}),)
-        parts = {name: _read([packed.parts[name] for packed in group], lead) for name in first.parts}
-        parts |= {n: np.stack([p.derived[n] for p in group]).reshape(*lead, *first.derived[n].shape) for n in first.derived}
+        parts = {name: _read([packed.parts[name] for packed in group], lead, shapes[name]) for name in first.parts}
+        parts |= {
+            n: np.stack([p.derived[n] for p in group]).reshape(*lead, *first.derived[n].shape) for n in first.derived
+        }
         place = Place(rule, layer)
         paths = place.leaves(stacked=stacked)
         for leaf, size, rows in _views(rule, first, sizes):
@@ -148,9 +152,8 @@ def leaves(
     return found
 
 
-def _read(tensors: Sequence[Tensor], lead: tuple[int, ...]) -> np.ndarray:
+def _read(tensors: Sequence[Tensor], lead: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """One array of equal tensors, or of texts, which zeros make equally long."""
-    shape = max((tensor.shape for tensor in tensors), key=lambda shape: shape[:1])
     whole = aligned_empty((len(tensors), *shape), tensors[0].dtype)
     for i, tensor in enumerate(tensors):
         out = whole[i, ...]
@@ -222,7 +225,9 @@ def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda part: sharding, leaf)
     specs = leaf.partition(sharding.spec)
-    own = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    own = jax.tree.map(
+        lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
     for name, part in leaf.parts.items():
         try:
             own.parts[name].shard_shape(part.shape)
@@ -234,12 +239,3 @@ def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
 def has(params: Params) -> bool:
     """Whether a leaf of the tree is quantised as on disk."""
     return any(isinstance(leaf, Quantized) for leaf in tree.flatten(params).values())
-
-
-def check_config(params: Params, config: Any) -> None:
-    """Raises a ValueError where the tree has quantised leaves and the config does not say how they are quantised."""
-    if has(params) and config.quantization is None:
-        raise ValueError(
-            "save: the tree has quantised leaves and config.quantization is None; keep the config that load gave, or "
-            "dequantize them"
-        )

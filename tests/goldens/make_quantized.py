@@ -53,7 +53,9 @@ def write(name, quantize, options, dtype=torch.float16, **sizes):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))
-    kept = {key: config[key] for key in (*SIZES, "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")}
+    kept = {
+        key: config[key] for key in (*SIZES, "hidden_act", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    }
     kept |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps({**kept, "quantization_config": options}, indent=1) + "\n")
     (folder / "dequantized.json").write_text(json.dumps(hashes, indent=0) + "\n")
@@ -105,7 +107,9 @@ def gptq(bits, group, version, act_order):
 
 def awq(group):
     path = next(
-        Path(p) / "awq/utils/packing_utils.py" for p in os.environ["PYTHONPATH"].split(":") if (Path(p) / "awq").is_dir()
+        Path(p) / "awq/utils/packing_utils.py"
+        for p in os.environ["PYTHONPATH"].split(":")
+        if (Path(p) / "awq").is_dir()
     )
     spec = importlib.util.spec_from_file_location("packing_utils", path)
     packing = importlib.util.module_from_spec(spec)
@@ -132,7 +136,12 @@ def awq(group):
 def bnb4(kind, nested, dtype):
     def quantize(weight, stem):
         layer = bnb.nn.Linear4bit(
-            weight.shape[1], weight.shape[0], bias=False, compute_dtype=dtype, compress_statistics=nested, quant_type=kind
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            compute_dtype=dtype,
+            compress_statistics=nested,
+            quant_type=kind,
         )
         layer.weight = bnb.nn.Params4bit(
             weight.detach().clone(), requires_grad=False, compress_statistics=nested, quant_type=kind
@@ -193,7 +202,12 @@ def main():
     })  # fmt: skip
     # Rows of 24 and 40 numbers: blocks of 64 go over the ends of rows.
     odd = {"hidden_size": 24, "intermediate_size": 40}
-    four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "llm_int8_skip_modules": ["lm_head"]}
+    four = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "llm_int8_skip_modules": ["lm_head"],
+    }
     for name, kind, nested, dtype in (
         ("nf4", "nf4", True, torch.bfloat16), ("fp4", "fp4", False, torch.float16)
     ):  # fmt: skip
@@ -206,7 +220,10 @@ def main():
         "packed-channel": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
         "ints": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
         "floats": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
-        "naive": ("naive-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]}),
+        "naive": (
+            "naive-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]},
+        ),
     }
     for name, (form, weights) in cases.items():
         dynamic = QuantizationArgs(num_bits=8, type=weights.get("type", "int"), dynamic=True, strategy="token")
