@@ -104,8 +104,10 @@ def take(table: Any, index: Array) -> Array:
     return table.take(index) if hasattr(table, "einsum") else table[index]
 
 
-def plain(leaf: Any) -> Array:
-    """The array that a leaf stands for, for products of other forms."""
+def plain(leaf: Any, x: Array) -> Array:
+    """The array that a leaf stands for, for products with `x` of other forms; not expanded before `x` is there."""
+    if isinstance(leaf, Quantized):
+        return leaf.after(x).dequantize()
     return leaf.dequantize() if hasattr(leaf, "einsum") else leaf
 
 
@@ -297,7 +299,7 @@ class Quantized:
         return rows.pick(matrix, -2) if rows is not None and chosen is None else matrix
 
     def einsum(self, equation: str, x: Array) -> Array:
-        return einsum(equation, x, self._after(x).dequantize())
+        return einsum(equation, x, self.after(x).dequantize())
 
     def take(self, index: Array) -> Array:
         chosen = self.codec.rows(self.parts, lambda part, axis: jnp.take(part, index.reshape(-1), axis=axis))
@@ -305,7 +307,7 @@ class Quantized:
             return self.dequantize()[index]
         return self.codec.decode(chosen).astype(self.dtype).reshape(*index.shape, self.shape[1])
 
-    def _after(self, x: Array) -> Quantized:
+    def after(self, x: Array) -> Quantized:
         """The leaf, not to be expanded before `x` is there: XLA would else do it ahead of loops, for all layers."""
         parts, _ = jax.lax.optimization_barrier(jax.lax.stop_gradient((self.parts, x)))
         return dataclasses.replace(self, parts=parts)

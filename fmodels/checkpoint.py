@@ -382,17 +382,21 @@ def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:
 
 
 def _to_device(arrays: Mapping[str, np.ndarray | Quantized], sharding: Any) -> dict[str, Any]:
-    if sharding is None:
-        return jax.device_put({**arrays})
+    if sharding is None:  # leaves that lie in one tensor have the same parts, which are to stay one
+        placed = jax.device_put({id(part): part for part in jax.tree.leaves(dict(arrays))})
+        return jax.tree.map(lambda part: placed[id(part)], dict(arrays))
 
-    def put(array: np.ndarray, own: Any) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+    placed: dict[Any, jax.Array] = {}
+
+    def put(part: np.ndarray, own: Any) -> jax.Array:
+        if (id(part), own) not in placed:
+            placed[id(part), own] = jax.make_array_from_callback(part.shape, own, lambda index: part[index])
+        return placed[id(part), own]
 
     def shard(path: str, array: np.ndarray | Quantized) -> Any:
         own = sharding[path] if isinstance(sharding, dict) else sharding
-        if isinstance(array, Quantized):
-            return jax.tree.map(put, array, quantized.shardings(path, array, own))
-        return put(array, own)
+        own = quantized.shardings(path, array, own) if isinstance(array, Quantized) else own
+        return jax.tree.map(put, array, own)
 
     return {path: shard(path, array) for path, array in arrays.items()}
 

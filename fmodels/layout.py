@@ -165,7 +165,12 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
                 experts.setdefault(where[path], []).append(leaf)
     leaves |= {path: stack(*parts) for path, parts in experts.items()}
     for rule, members in packed.items():
-        leaves |= quantized.leaves(rule, members, members[0][1].sizes(config), stacked=False, dtype=None)
+        found = quantized.leaves(rule, members, members[0][1].sizes(config), stacked=False, dtype=None)
+        if both := found.keys() & leaves.keys():
+            raise ValueError(
+                f"from_disk: experts of {min(both)!r} are quantised and others are not; dequantise all of them"
+            )
+        leaves |= found
     params = tree.unflatten(leaves)
     return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
 

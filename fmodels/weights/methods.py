@@ -237,7 +237,7 @@ def _build_bnb(options: Options, group: Group) -> Packed | None:
     derived: dict[str, np.ndarray] = {}
     if nested is not None:
         offset = state.get("nested_offset")
-        if not _is_block([nested] * 2) or type(offset) not in (int, float):
+        if not _is_block([nested] * 2) or type(offset) not in (int, float) or not abs(offset) < 1e38:
             return group.fail(f"{names[0]!r} does not tell nested_blocksize and nested_offset: {brief(state)}")
         derived["nested_offset"] = np.array(offset, np.float32)
         checks += [
@@ -353,9 +353,12 @@ def check_options(options: Any) -> list[str]:
 
     Example:
         >>> check_options({"quant_method": "gptq", "bits": 3})
-        ['bits=3 is not supported, only 2, 4 or 8']
+        ['bits=3 is not supported, only 2 or 4 or 8']
     """
     method = options.get("quant_method") if isinstance(options, Mapping) else None
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         return [f"quant_method={brief(method)} is not supported; one of {', '.join(METHODS)}"]
+    listed = options.get(METHODS[method].ignored)
+    if not (listed is None or (isinstance(listed, list) and all(isinstance(one, str) for one in listed))):
+        return [f"{METHODS[method].ignored}={brief(listed)} is not a list of names"]
     return METHODS[method].check(options)
