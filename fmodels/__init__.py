@@ -40,6 +40,7 @@ from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops
 from fmodels.transforms.counting import memory_footprint as memory_footprint
 from fmodels.transforms.counting import num_parameters as num_parameters
+from fmodels.transforms.dequantizing import dequantize as dequantize
 from fmodels.transforms.embeddings import resize_embeddings as resize_embeddings
 from fmodels.transforms.heads import mask_heads as mask_heads
 from fmodels.transforms.heads import prune_heads as prune_heads

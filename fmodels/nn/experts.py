@@ -148,7 +148,7 @@ def _grouped(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
 
     def product(name: str, x: Array) -> Array:
         y = jax.lax.ragged_dot_general(
-            x, plain(params[name]["weight"]).astype(x.dtype), sizes, BY_EXPERT, precision=precision(x.dtype)
+            x, plain(params[name]["weight"], x).astype(x.dtype), sizes, BY_EXPERT, precision=precision(x.dtype)
         )
         return y + params[name]["bias"].astype(y.dtype)[owners] if "bias" in params[name] else y
 
@@ -167,7 +167,7 @@ def _dense(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
     number = jnp.arange(routed.logits.shape[1], dtype=routed.chosen.dtype)
     weights = jnp.where(routed.chosen[..., None] == number[None, None], routed.weights[..., None], 0.0).sum(1)
     inner = gate(linear(params["gate"], rows, "nd,xid->nxi"), linear(params["up"], rows, "nd,xid->nxi"))
-    down = plain(params["down"]["weight"]).astype(inner.dtype)
+    down = plain(params["down"]["weight"], inner).astype(inner.dtype)
     y = jnp.einsum("nxi,xdi->xnd", inner, down, precision=precision(inner.dtype))
     if "bias" in params["down"]:
         y = y + params["down"]["bias"].astype(y.dtype)[:, None]
