@@ -146,9 +146,8 @@ def _apart(
 
 def outputs_first(rule: Rule, matrix: Any) -> Any:
     """A matrix on disk, `(out, in)` whichever way it lies there; of experts `(x, out, in)`."""
-    experts = rule.layouts[0][0] == "x"
-    leaf, (first, *_) = rule.leaves[0], rule.layouts[0][experts:]
-    return matrix if _is_output(rule.letters(leaf)[experts:], first) else matrix.swapaxes(-1, -2)
+    experts = len(rule.layouts[0]) - 2
+    return matrix if _is_output(rule.letters(rule.leaves[0])[experts:], rule.layouts[0][experts]) else matrix.swapaxes(-1, -2)
 
 
 def _is_output(letters: tuple[str, ...], group: str) -> bool:
@@ -177,8 +176,8 @@ def low_rank_from_disk(
 
     Source: PEFT's `lora.Linear`, and `lora.ParamWrapper` for experts.
     """
-    shape, experts = disk_shape(rule, size), ("x",) if rule.layouts[0][0] == "x" else ()
-    if len(shape) != 2 + len(experts):
+    shape, experts = disk_shape(rule, size), rule.layouts[0][:-2]
+    if len(shape) < 2 or experts not in ((), ("x",)):
         raise ValueError(f"a tensor of shape {list(shape)} is not a matrix")
     rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     columns, out = {}, 0
