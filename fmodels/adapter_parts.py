@@ -23,7 +23,7 @@ class Role(NamedTuple):
 
     Attributes:
         part: `"a"`, `"b"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
-            for some of its rows; `"unused"`.
+            for some of its rows; `"base"` for what is the model's own; `"unused"`.
         name: PyTorch's name of the model's tensor.
         module: the name by which ranks and scales are found.
         required: whether each such adapter has it.
@@ -101,7 +101,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
             for part, end in ends.items():
                 if part != "magnitude" or adapter.use_dora:
                     found[module + end] = Role(part, name, module, table=kind == "table")
-            found[f"{module}.base_layer.weight"] = Role("whole", name, module, required=False)
+            found[f"{module}.base_layer.weight"] = Role("base", name, module, required=False)
     found |= _parameters(names, adapter, problems)
     saved = adapter.saved({name.rpartition(".")[0] for name in (*names.places, *names.tied)})
     tokens = adapter.tokens(names.modules, names.embedding)
@@ -117,7 +117,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
             found[f"{at}.bias"] = Role("whole", name, module)
         elif names.modules.get(module) in ("table", "head"):  # saved where the vocabulary was resized
             for at in ("", ".base_layer", f"{ROWS}.base_layer"):
-                found.setdefault(f"{module}{at}.{kind}", Role("whole", name, module, required=False))
+                found.setdefault(f"{module}{at}.{kind}", Role("base", name, module, required=False))
     for module in tokens:
         if f"{module}.weight" in names.tied and names.embedding in tokens and tokens[module] != tokens[names.embedding]:
             problems.append(f"{module!r} is tied to {names.embedding!r} and has other trainable_token_indices")

@@ -16,7 +16,7 @@ import numpy as np
 
 from fmodels import hub, tree
 from fmodels.adapter_config import ALL_LINEAR, AdapterConfig
-from fmodels.adapter_parts import Role, model, roles
+from fmodels.adapter_parts import LINEAR, PREFIX, TABLE, Role, model, roles
 from fmodels.arrays import LowRank
 from fmodels.models import Config
 from fmodels.transforms import _leaves
@@ -39,12 +39,25 @@ class Adapter:
     """An adapter as PEFT stores it: a pytree of its tensors, to be trained as it is, and its config, which is static.
 
     Attributes:
-        tensors: by the names of PEFT's files, with their shapes.
+        tensors: by the names of PEFT's files, with their shapes. PEFT saves the model's own tables of embeddings beside, where
+            it adapts them or where they were resized; they have no gradient.
         config: which modules are adapted, and how.
     """
 
     tensors: dict[str, Array]
     config: AdapterConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def trained(self) -> Adapter:
+        """A tree of bools: False for the model's own tables, which `optax.masked` keeps from weight decay."""
+        return dataclasses.replace(self, tensors={name: self._is_trained(name) for name in self.tensors})
+
+    def _is_trained(self, name: str) -> bool:
+        module, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        if any(f"{end}." in f"{name}." for end in (*LINEAR.values(), *TABLE.values())) or kind == "trainable_tokens_delta":
+            return True
+        own = kind == "bias" and self.config.bias != "none" and ".original_module" not in module
+        return own or (not module.endswith((".base_layer", ".original_module")) and bool(self.config.saved([module])))
 
 
 def load_adapter(source: str | os.PathLike[str], **hub_options: Any) -> Adapter:
@@ -328,7 +341,7 @@ def _read(base: _Base, adapter: Adapter) -> _Parts:
         role = known.get(name, Role("unused", "", ""))
         if role.part in ("a", "b", "magnitude"):
             factors.setdefault(role.name, (role, {}))[1][role.part] = tensor
-        elif role.part in ("whole", "rows"):
+        elif role.part in ("whole", "rows", "base"):
             problems += _whole(base, parts, role, name, tensor, spec)
     for name, (role, three) in factors.items():
         if "a" in three and "b" in three:
@@ -356,16 +369,30 @@ def _whole(base: _Base, parts: _Parts, role: Role, name: str, tensor: Array, spe
             raise IndexError(
                 f"add_adapter: trainable_token_indices of {role.module!r} are outside of 0 … {shape[0] - 1}"
             )
-        whole = jnp.asarray(base.tensor(role.name))
-        tensor = whole.at[jnp.asarray(tokens, jnp.int32)].set(tensor.astype(whole.dtype))
+        tensor = _set_rows(base.tensor(role.name), tokens, tensor)
     elif tuple(tensor.shape) != shape:
         return [f"{name!r} has shape {list(tensor.shape)}, expected {list(shape)}; see resize_embeddings"]
+    elif role.part == "base":
+        tensor = jax.lax.stop_gradient(tensor)
+        if _same(tensor, base.tensor(role.name)):
+            return []
     same = base.same.get(role.name, role.name)
     before = parts.wholes.setdefault(same, tensor)
-    if before is not tensor and not any(isinstance(x, jax.core.Tracer) for x in (before, tensor)):
-        if not bool((before == tensor).all()):
-            return [f"{name!r} differs from that of {same!r}, to which it is tied"]
+    traced = isinstance(tensor, jax.core.Tracer) or isinstance(before, jax.core.Tracer)
+    if before is not tensor and not _same(before, tensor) and not (traced and role.part == "base"):
+        return [f"{name!r} differs from that of {same!r}, to which it is tied"]
     return []
+
+
+def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
+    table = jnp.asarray(table)
+    return table.at[jnp.asarray(rows, jnp.int32)].set(new.astype(table.dtype))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arrays are equal; not if they are traced."""
+    traced = isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer)
+    return not traced and one.dtype == other.dtype and bool((jnp.asarray(one) == jnp.asarray(other)).all())
 
 
 def _tokens(config: Config, spec: AdapterConfig, role: Role) -> tuple[int, ...]:

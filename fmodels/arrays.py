@@ -259,6 +259,22 @@ class LowRank:
         return jnp.result_type(dtype, jnp.float32, *parts)
 
 
+def check_rows(name: str, params: Any, rows: int | None) -> None:
+    """Raises a ValueError if adapters of the tree are chosen for another number of rows; None is any.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = LowRank(jnp.eye(2), jnp.ones((1, 2)), jnp.ones((2, 1)), gain=jnp.ones((3, 1)))
+        >>> check_rows("forward", {"weight": leaf}, 2)
+        Traceback (most recent call last):
+        ValueError: forward: adapters are chosen for 3 rows, the batch has 2; see add_adapter
+    """
+    for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, LowRank)):
+        if isinstance(leaf, LowRank) and leaf.gain is not None and leaf.gain.shape[-2] != rows:
+            has = "its rows come and go" if rows is None else f"the batch has {rows}"
+            raise ValueError(f"{name}: adapters are chosen for {leaf.gain.shape[-2]} rows, {has}; see add_adapter")
+
+
 def _by_rows(rows: Array, y: Array) -> Array:
     """`(n …)` of `n` rows of a batch as a factor of `(b … …)`, where `b` is a multiple of `n`."""
     each, rest = divmod(y.shape[0], rows.shape[0])

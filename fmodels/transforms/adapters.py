@@ -37,7 +37,7 @@ def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | 
         choice: `(n)` int32, the number of the adapter of each of `n` rows of a batch, -1 for none; None for the sum of all.
     """
     first = next(factors for one in adapters for factors in one.values())
-    shared = first.a.ndim + first.b.ndim - 2 - (leaf.ndim - (depth is not None))
+    shared = first.a.ndim + first.b.ndim - 2 - (len(leaf.shape) - (depth is not None))
     widths = [max((factors.b.shape[-1] for factors in one.values()), default=0) for one in adapters]
     layers = range(1 if depth is None else depth)
 
@@ -154,3 +154,13 @@ def merge_adapters(params: Params) -> Params:
         return leaf.dequantize()
 
     return tree.map_leaves(merge, params)
+
+
+def check_merged(name: str, params: Params) -> None:
+    """Raises a ValueError if a leaf has adapters beside it, which files of weights cannot say."""
+    adapted = [path for path, leaf in tree.flatten(params).items() if isinstance(leaf, LowRank)]
+    if adapted:
+        raise ValueError(
+            f"{name}: {len(adapted)} leaves have adapters, {adapted[0]!r} is one; give the tree of `merge_adapters`, or save "
+            "the adapter by itself with `save_adapter`"
+        )
