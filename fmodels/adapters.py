@@ -54,7 +54,10 @@ class Adapter:
 
     def _is_trained(self, name: str) -> bool:
         module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if any(f"{end}." in f"{name}." for end in (*LINEAR.values(), *TABLE.values())) or kind == "trainable_tokens_delta":
+        if (
+            any(f"{end}." in f"{name}." for end in (*LINEAR.values(), *TABLE.values()))
+            or kind == "trainable_tokens_delta"
+        ):
             return True
         own = kind == "bias" and self.config.bias != "none" and ".original_module" not in module
         return own or (not module.endswith((".base_layer", ".original_module")) and bool(self.config.saved([module])))
