@@ -186,9 +186,24 @@ def load(
         source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
         token=token, local_files_only=local_files_only,
     )  # fmt: skip
+    tensors = opened.tensors
+    config, planned = plan(opened, new_head=task is not None and key is not None)
+    _check_dtypes(planned, tensors, dtype)
+    stacked = stacked and not schema.is_ragged(config)
+    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    if planned.missing:
+        params = _with_new_head(params, planned, config, key, dtype)
+    return params, config
+
+
+def plan(opened: Checkpoint, *, new_head: bool = False) -> tuple[Config, layout.Plan]:
+    """Which tensor is which, and the config that the tensors give: a tied head that differs makes it untied.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; all are listed.
+    """
     config, tensors = opened.config, opened.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    new_head = task is not None and key is not None
     planned = layout.plan(shapes, config, new_head=new_head)
     if (different := _tied_but_different(planned, tensors)) is not None:
         layout.logger.warning(
@@ -198,12 +213,7 @@ def load(
         planned = layout.plan(shapes, config, new_head=new_head)
         if (different := _tied_but_different(planned, tensors)) is not None:
             raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
-    _check_dtypes(planned, tensors, dtype)
-    stacked = stacked and not schema.is_ragged(config)
-    params = _read(planned, tensors, config, dtype, stacked, sharding)
-    if planned.missing:
-        params = _with_new_head(params, planned, config, key, dtype)
-    return params, dataclasses.replace(config, module_names=True) if planned.module else config
+    return dataclasses.replace(config, module_names=True) if planned.module else config, planned
 
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -421,45 +431,30 @@ def save(
     check_format(format, verb="save")
     check(params, config)
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
-    write(
-        disk_tensors(params, config),
-        config,
-        folder,
-        dtype,
-        format=format,
-        max_shard_size=max_shard_size,
-        variant=variant,
+    tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
+    write_folder(
+        folder, tensors, format=format, max_shard_size=max_shard_size, variant=variant, metadata=metadata, files=files
     )
 
 
-def write(
-    tensors: Mapping[str, Tensor],
-    config: Config,
-    folder: str | os.PathLike[str],
-    dtype: str,
-    *,
-    format: str,
-    metadata: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Writes a checkpoint of tensors that have PyTorch's names.
+def as_written(
+    tensors: Mapping[str, Tensor], config: Config, dtype: str, format: str, metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """What the files of a checkpoint in some format hold: tensors under its names, metadata, and the JSON files beside.
 
     Args:
-        tensors: by name.
+        tensors: by PyTorch's names.
         config: of the model.
-        folder: where to.
         dtype: what config.json says.
         format: a key of `FORMATS`.
-        metadata: more of the files than follows from the config.
-        options: of `write_folder`.
+        metadata: more of them than follows from the config.
     """
     files = {"config.json": _json({**config.to_hf(), "dtype": dtype})}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    own = dialects.write(tensors, config, names)
     metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
-    write_folder(folder, own, format=format, metadata=metadata, files=files, **options)
+    return dialects.write(tensors, config, names), metadata, files
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
