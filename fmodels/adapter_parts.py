@@ -114,7 +114,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
                 problems.append(f"{module!r} is tied to {tied}, and in PEFT the adapter's own is not")
         elif kind == "bias" and (adapter.bias == "all" or (adapter.bias == "lora_only" and module in targets)):
             at = f"{module}.base_layer" if module in targets else module
-            found[f"{at}.bias"] = Role("whole", name, module)
+            found[f"{at}.bias"] = Role("whole", name, module, required=name not in names.tied)
         elif names.modules.get(module) in ("table", "head"):  # saved where the vocabulary was resized
             for at in ("", ".base_layer", f"{ROWS}.base_layer"):
                 found.setdefault(f"{module}{at}.{kind}", Role("base", name, module, required=False))

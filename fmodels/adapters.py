@@ -23,8 +23,9 @@ from fmodels.transforms import _leaves
 from fmodels.transforms.adapters import Factors, low_rank
 from fmodels.types import Array, Key, Params
 from fmodels.weights import Tensor, read_file, rules, safetensors, torch_bin
+from fmodels.weights.folder import commit
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import listing, parse_json, replacing
+from fmodels.weights.tensors import listing, parse_json
 
 CONFIG = "adapter_config.json"
 FILES = {
@@ -91,12 +92,18 @@ def load_adapter(source: str | os.PathLike[str], **hub_options: Any) -> Adapter:
         raise FileNotFoundError(
             f"load_adapter: {str(folder)!r} has none of {', '.join(name for name, _ in FILES.values())}"
         )
-    tensors, _ = read_file(file)
-    return Adapter(jax.device_put({name: np.array(tensor.array()) for name, tensor in tensors.items()}), config)
+    arrays = {name: np.array(tensor.array()) for name, tensor in read_file(file)[0].items()}
+    tensors = jax.device_put(arrays)
+    if wide := [name for name, array in arrays.items() if tensors[name].dtype != array.dtype]:
+        raise ValueError(
+            f"load_adapter: {len(wide)} tensors have 64 bits ({wide[0]!r} is {arrays[wide[0]].dtype}), which jax would cut to "
+            '32; set jax.config.update("jax_enable_x64", True)'
+        )
+    return Adapter(tensors, config)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, format: str = "safetensors") -> None:
-    """Writes an adapter that PEFT reads; the inverse of `load_adapter`.
+    """Writes an adapter that PEFT reads, all or nothing; the inverse of `load_adapter`.
 
     Args:
         adapter: the adapter.
@@ -120,17 +127,16 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, format: st
     """
     if format not in FILES:
         raise ValueError(f"save_adapter: format {format!r} is not supported; one of {', '.join(FILES)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(adapter.tensors[name]) for name in sorted(adapter.tensors)}
     lazy = {n: Tensor.lazy(n, a.dtype, a.shape, lambda a=a: np.ascontiguousarray(a)) for n, a in arrays.items()}
     name, write = FILES[format]
-    write(folder / name, lazy, {"format": "pt"})
-    for other, _ in FILES.values():  # which would be read in its place
-        if other != name:
-            (folder / other).unlink(missing_ok=True)
-    with replacing(folder / CONFIG) as file:
-        file.write((json.dumps(adapter.config.to_peft(), indent=2, sort_keys=True) + "\n").encode())
+
+    def fill(stage: Path) -> None:
+        write(stage / name, lazy, {"format": "pt"})
+        text = json.dumps(adapter.config.to_peft(), indent=2, sort_keys=True) + "\n"
+        (stage / CONFIG).write_text(text, encoding="utf-8")
+
+    commit(Path(folder), fill, [name, CONFIG], lambda other: other in [file for file, _ in FILES.values()])
 
 
 def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, *, dtype: Any = "float32") -> Adapter:
@@ -319,7 +325,7 @@ def _check_choice(choice: Any, count: int) -> Array:
         raise ValueError(
             f"add_adapter: choice has shape (b), integers, one for each row; got {chosen.dtype} {chosen.shape}"
         )
-    if not isinstance(chosen, jax.core.Tracer) and not bool(((chosen >= -1) & (chosen < count)).all()):
+    if not _is_traced(chosen) and not bool(((chosen >= -1) & (chosen < count)).all()):
         raise IndexError(f"add_adapter: choice has numbers from -1 to {count - 1}; got {np.asarray(chosen).tolist()}")
     return chosen.astype(jnp.int32)
 
@@ -381,10 +387,13 @@ def _whole(base: _Base, parts: _Parts, role: Role, name: str, tensor: Array, spe
             return []
     same = base.same.get(role.name, role.name)
     before = parts.wholes.setdefault(same, tensor)
-    traced = isinstance(tensor, jax.core.Tracer) or isinstance(before, jax.core.Tracer)
-    if before is not tensor and not _same(before, tensor) and not (traced and role.part == "base"):
+    if before is tensor or _same(before, tensor):
+        return []
+    if not _is_traced(before, tensor):
         return [f"{name!r} differs from that of {same!r}, to which it is tied"]
-    return []
+    return (
+        [] if role.part == "base" else [f"{name!r} repeats {same!r}; to train the adapter, leave it out of its tensors"]
+    )
 
 
 def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
@@ -394,8 +403,12 @@ def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arrays are equal; not if they are traced."""
-    traced = isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer)
+    traced = _is_traced(one, other)
     return not traced and one.dtype == other.dtype and bool((jnp.asarray(one) == jnp.asarray(other)).all())
+
+
+def _is_traced(*arrays: Any) -> bool:
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def _tokens(config: Config, spec: AdapterConfig, role: Role) -> tuple[int, ...]:
