@@ -72,6 +72,8 @@ def _kind(path: str, name: str, weights: Weights) -> str:
     if name in weights.tied or path == "lm_head.weight":
         return "head"
     line = schema.line(path)
+    if name.endswith("embed_positions.weight"):
+        return "other"  # a class of OPT's and BART's that counts positions from 2, which PEFT's adapter does not
     if line in schema.TABLES:
         return "table"
     matrix = line.endswith(".weight") and "y" not in schema.axes(line) and "x" not in schema.axes(line)
