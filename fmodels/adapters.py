@@ -179,13 +179,13 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
         raise ValueError(
             f"init_adapter: init_lora_weights={spec.init_lora_weights!r} is not supported, only True, False and 'gaussian'"
         )
-    found = {name: role for name, role in roles(config, spec).items() if role.required}
+    base = _Base(params, config)
+    found = {name: role for name, role in roles(config, spec).items() if role.required and base.has(role.name)}
     if not found:
         raise ValueError(
             f"init_adapter: nothing of {config.model_type} is named by target_modules={spec.target_modules!r}; expected names "
             f"such as {listing([n for n, kind in model(config).modules.items() if kind == 'linear'], 5)}, or {ALL_LINEAR!r}"
         )
-    base = _Base(params, config)
     drawn = [name for name, role in found.items() if role.part in ("a", "b")]
     keys = dict(zip(drawn, jax.random.split(key, max(len(drawn), 1)), strict=False))
     tensors: dict[str, Array] = {}
@@ -232,6 +232,11 @@ class _Base:
 
     def place(self, name: str) -> Place:
         return self.places[self.same.get(name, name)]
+
+    def has(self, name: str) -> bool:
+        """Whether the tree has it; optional tensors may be missing."""
+        place = self.place(name)
+        return not place.rule.optional or all(p in self.flat for p in place.leaves(stacked=self.stacked).values())
 
     def tensor(self, name: str) -> Any:
         """As it lies on disk."""
@@ -455,7 +460,7 @@ def _placed(base: _Base, wholes: Mapping[str, Array]) -> dict[str, Any]:
             parts.setdefault(where[path], {})[layer] = jnp.asarray(part)
     found: dict[str, Any] = {}
     for path, layers in parts.items():
-        old = base.flat[path]
+        old = base.flat.get(path, layers.get(None))  # optional leaves may be new
         if not _leaves.is_plain(old):
             raise NotImplementedError(f"add_adapter: {path!r} is a {type(old).__name__}; turn it into an array first")
         new = {layer: part.astype(old.dtype) for layer, part in layers.items()}
