@@ -163,7 +163,7 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
         >>> spec = fm.AdapterConfig(r=2, lora_alpha=4, target_modules=("q_proj", "v_proj"))
         >>> adapter = fm.init_adapter(params, config, spec, jax.random.key(0))
         >>> tokens = jax.numpy.array([[5, 6, 7, 8]])
-        >>> optimizer = optax.adam(1e-2)
+        >>> optimizer = optax.sgd(0.1)
         >>> def loss(adapter):
         ...     logits = fm.forward(fm.add_adapter(params, config, adapter), config, tokens).logits
         ...     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()

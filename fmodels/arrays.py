@@ -255,8 +255,7 @@ class LowRank:
         return (take(self.weight, index).astype(wide) + delta).astype(self.dtype)
 
     def _wide(self, dtype: Any) -> Any:
-        parts = [part.dtype for part in (self.a, self.b) if part.dtype.itemsize > 2]
-        return jnp.result_type(dtype, jnp.float32, *parts)
+        return jnp.float64 if max(part.itemsize for part in (dtype, self.a.dtype, self.b.dtype)) > 4 else jnp.float32
 
 
 def check_rows(name: str, params: Any, rows: int | None) -> None:

@@ -46,6 +46,9 @@ ADAPTERS = {
     "latent": ("deepseek_v3/causal-lm", {"target_modules": ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}),
 }  # fmt: skip
 
+TRAINED = ("lora", "dora", "tables", "fused", "rows", "biases", "head", "experts", "interleaved")
+"""Whose gradients are compared."""
+
 
 def peft(model, options, *, seed=0):
     """PEFT's model with a random adapter."""
@@ -98,16 +101,22 @@ def test_peft(made, name):
     logits = theirs(adapted.base_model.model, given)
     seed = torch.tensor(given["mask"])[..., None] if logits.ndim == 3 and not loaded.case.pair else torch.ones(1, 1, 1)
     weight = torch.randn(logits.shape) * (seed if logits.ndim == 3 else 1)
-    (logits * weight).sum().backward()
 
     def loss(adapter):
         params = fm.add_adapter(loaded.params, loaded.config, adapter)
         out = ours(loaded, params, given)
         return (out * weight.numpy()).sum(), (out, fm.merge_adapters(params))
 
-    (_, (got, merged)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(without_copies(adapter))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True) if name in TRAINED else lambda adapter: (loss(adapter), None))
+    (_, (got, merged)), gradient = run(without_copies(adapter))
     real = given["mask"].astype(bool) if logits.ndim == 3 and not loaded.case.pair else ...
     np.testing.assert_allclose(got[real], logits.detach().numpy()[real], rtol=0, atol=1e-5)
+    state = copy.deepcopy(adapted).merge_and_unload().state_dict()
+    for key, tensor in fm.to_disk(merged, loaded.config, module=True).items():
+        np.testing.assert_allclose(tensor, state[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
+    if gradient is None:
+        return
+    (logits * weight).sum().backward()
     expected = gradients(adapted)
     assert expected
     assert expected.keys() <= gradient.tensors.keys()
@@ -116,9 +125,6 @@ def test_peft(made, name):
         np.testing.assert_allclose(gradient.tensors[key], value, rtol=0, atol=1e-4 * scale, err_msg=key)
     for key in gradient.tensors.keys() - expected.keys():  # the model's own
         np.testing.assert_array_equal(gradient.tensors[key], 0)
-    state = copy.deepcopy(adapted).merge_and_unload().state_dict()
-    for key, tensor in fm.to_disk(merged, loaded.config, module=True).items():
-        np.testing.assert_allclose(tensor, state[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
 
 
 def without_copies(adapter):
@@ -219,11 +225,10 @@ def test_adapters_summed(several):
         np.testing.assert_allclose(fm.forward(tree, loaded.config, TOKENS).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_generate_by_row(several, beams):
+def test_generate_by_row(several):
     """Rows with adapters of their own are continued as each alone, by one program whatever the choice."""
     loaded, _, adapters = several
-    options = fm.GenerationConfig(num_beams=beams)
+    options = fm.GenerationConfig(num_beams=2)
 
     def generate(params, tokens):
         return np.asarray(fm.generate(params, loaded.config, tokens, max_new_tokens=4, options=options).tokens)
