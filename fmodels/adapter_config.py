@@ -139,7 +139,9 @@ class AdapterConfig:
                 f"load_adapter: adapter_config.json has {len(problems)} entries that would change the numbers or that are not "
                 "understood:\n  " + "\n  ".join(problems)
             )
-        fields = {key: value for key, value in data.items() if key in names and not (value is None and key in DEFAULTS)}
+        fields: dict[str, Any] = {
+            key: value for key, value in data.items() if key in names and not (value is None and key in DEFAULTS)
+        }
         return cls(**fields, data=tuple((key, json.dumps(value)) for key, value in data.items()))
 
     def to_peft(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fmodels import hub, tree
 from fmodels.adapter_config import ALL_LINEAR, AdapterConfig
@@ -413,7 +414,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _is_traced(*arrays: Any) -> bool:
-    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return any(isinstance(array, Tracer) for array in arrays)
 
 
 def _tokens(config: Config, spec: AdapterConfig, role: Role) -> tuple[int, ...]:
@@ -460,7 +461,7 @@ def _placed(base: _Base, wholes: Mapping[str, Array]) -> dict[str, Any]:
             parts.setdefault(where[path], {})[layer] = jnp.asarray(part)
     found: dict[str, Any] = {}
     for path, layers in parts.items():
-        old = base.flat.get(path, layers.get(None))  # optional leaves may be new
+        old: Any = base.flat.get(path, layers.get(None))  # optional leaves may be new
         if not _leaves.is_plain(old):
             raise NotImplementedError(f"add_adapter: {path!r} is a {type(old).__name__}; turn it into an array first")
         new = {layer: part.astype(old.dtype) for layer, part in layers.items()}

@@ -212,7 +212,8 @@ class LowRank:
 
     def astype(self, dtype: Any) -> LowRank:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return LowRank(**{name: None if part is None else part.astype(dtype) for name, part in parts.items()})
+        cast = {name: part.astype(dtype) for name, part in parts.items() if part is not None}
+        return dataclasses.replace(self, **cast)
 
     def dequantize(self) -> Array:
         """The array that this leaf stands for, in its dtype; only where all rows have the same.
