@@ -375,6 +375,21 @@ def test_transforms_of_adapted_trees(several):
         fm.prune_heads(params, loaded.config, {0: [0, 3]})
 
 
+def test_adapter_of_a_quantised_weight(several):
+    loaded, _, (one, _, _) = several
+    path = "layers.attention.query.weight"
+    small = fm.arrays.Scaled.quantize(fm.tree.get(loaded.params, path))
+    quantised = fm.tree.update(loaded.params, {path: small})
+    plain = fm.tree.update(loaded.params, {path: small.dequantize()})
+    got, expected = (
+        fm.forward(fm.add_adapter(params, loaded.config, one), loaded.config, TOKENS).logits
+        for params in (quantised, plain)
+    )
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="adapter of a Scaled"):
+        fm.merge_adapters(fm.add_adapter(quantised, loaded.config, one))
+
+
 def test_the_models_own_tables_are_not_trained(made):
     """PEFT saves the tables that it adapts beside the adapter: they have no gradient and no decay."""
     adapter = made("tables")[3]
