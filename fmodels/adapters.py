@@ -18,7 +18,7 @@ from jax.core import Tracer
 from fmodels import hub, tree
 from fmodels.adapter_config import ALL_LINEAR, AdapterConfig
 from fmodels.adapter_parts import LINEAR, PREFIX, TABLE, Role, model, roles
-from fmodels.arrays import LowRank
+from fmodels.arrays import LowRank, plain
 from fmodels.models import Config
 from fmodels.transforms import _leaves
 from fmodels.transforms.adapters import Factors, low_rank
@@ -56,10 +56,8 @@ class Adapter:
 
     def _is_trained(self, name: str) -> bool:
         module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if (
-            any(f"{end}." in f"{name}." for end in (*LINEAR.values(), *TABLE.values()))
-            or kind == "trainable_tokens_delta"
-        ):
+        ends = (*LINEAR.values(), *TABLE.values(), f"{LINEAR['magnitude']}.weight", ".trainable_tokens_delta")
+        if name.endswith(ends):
             return True
         own = kind == "bias" and self.config.bias != "none" and ".original_module" not in module
         return own or (not module.endswith((".base_layer", ".original_module")) and bool(self.config.saved([module])))
@@ -243,7 +241,7 @@ class _Base:
         """As it lies on disk."""
         place = self.place(name)
         where = place.leaves(stacked=self.stacked)
-        leaves = {path: place.part(self.flat[where[path]], stacked=self.stacked) for path in place.rule.leaves}
+        leaves = {path: place.part(plain(self.flat[where[path]]), stacked=self.stacked) for path in place.rule.leaves}
         return rules.to_disk(place.rule, leaves, jnp.concatenate)
 
     def matrix(self, name: str) -> Any:
@@ -315,9 +313,8 @@ def add_adapter(params: Params, config: Config, adapter: Adapter | Sequence[Adap
         depth = flat[path].shape[0] if base.stacked and "layers" in path.split(".") else None
         layers = [by_adapter.get(i, {}) for i in range(len(adapters))]
         dora = any(f.magnitude is not None for one in layers for f in one.values())
-        experts = any(
-            f.a.ndim + f.b.ndim - 2 > flat[path].ndim - (depth is not None) for one in layers for f in one.values()
-        )
+        axes = len(flat[path].shape) - (depth is not None)
+        experts = any(f.a.ndim + f.b.ndim - 2 > axes for one in layers for f in one.values())
         if (chosen is not None and experts) or (chosen is None and dora and len(by_adapter) > 1):
             how = "choose experts' adapters by row" if experts else "sum adapters with use_dora"
             raise ValueError(f"add_adapter: cannot {how} ({path!r}); add one at a time")
