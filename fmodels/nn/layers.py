@@ -63,15 +63,34 @@ def run(
         x: `(b t d)`.
         cache: carried through and returned with the new tokens in it.
         present: `(b t)` bool, which of the new tokens are real; for the cache.
-        keep: what to return beside.
+        keep: what to return beside, and for the gradient.
         order: which layer is applied at each step, where that is not each of them once; then there is no cache.
     """
     if order is not None and cache is not None:
         raise ValueError("layers.run: layers that are applied in an order of their own have no cache")
     run_all = _scan if isinstance(layers, Mapping) else _unroll
+    layer = _recomputed(layer) if keep.remat else layer
     ran = run_all(layer, layers, x, cache, keep, order)  # pyright: ignore[reportArgumentType]
     cache = ran.cache
     return ran if cache is None or present is None else ran._replace(cache=extend(cache, present))
+
+
+def _recomputed(layer: Layer) -> Layer:
+    """The layer without a cache, of which the backward pass finds only the input."""
+
+    def apply(params: Params, index: Any, x: Array, slot: Slot) -> tuple[Array, Slot]:
+        unrolled = isinstance(index, int)
+
+        def make(params: Params, index: Any, x: Array) -> tuple[Array, Any, Any]:
+            y, made = layer(params, index, x, slot)
+            return y, made.weights, made.routed
+
+        # Inside of a scan nothing can be shared with the forward pass, so that nothing has to forbid it.
+        again = jax.checkpoint(make, prevent_cse=unrolled, static_argnums=(1,) if unrolled else ())
+        y, weights, routed = again(params, index, x)
+        return y, slot._replace(weights=weights, routed=routed)
+
+    return apply
 
 
 def first(layers: Params | Sequence[Params]) -> Params:
