@@ -205,13 +205,12 @@ def _read_text(args: argparse.Namespace, source: Path, config: Any) -> tuple[lis
 def run_push(args: argparse.Namespace) -> int:
     """One commit on the Hub, after a look whether the folder can be loaded."""
     from fmodels import hub, layout
-    from fmodels.checkpoint import load_config
-    from fmodels.weights import read_folder
+    from fmodels.checkpoint import open_checkpoint
 
     if not args.folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(args.folder)!r} is none; save the checkpoint first")
-    tensors, _ = read_folder(args.folder)  # what cannot be loaded again is not worth a push
-    layout.plan({name: tensor.shape for name, tensor in tensors.items()}, load_config(args.folder), what="push")
+    opened = open_checkpoint(args.folder)  # what cannot be loaded again is not worth a push
+    layout.plan({name: tensor.shape for name, tensor in opened.tensors.items()}, opened.config, what="push")
     url = hub.push(
         args.folder, args.repo_id, token=args.token, private=args.private, revision=args.revision,
         create_pr=args.create_pr,
