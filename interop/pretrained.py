@@ -25,6 +25,9 @@ logger = logging.getLogger("fmodels")
 DUMMY = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 """transformers' example tokens."""
 
+POSITIONS = ("embed.positions", "encoder.embed.positions", "decoder.embed.positions")
+"""The leaves that are tables of positions."""
+
 Mask = Mapping[str, Any] | Callable[[str], bool]
 """Which parameters: name -> bool for each, as a nested dict or with dots; or a function of the name with dots."""
 
@@ -40,6 +43,8 @@ class Pretrained:
 
     config: Any
     framework: ClassVar[str]
+    _integers: ClassVar[Any]
+    _floats: ClassVar[Any]
     main_input_name: ClassVar[str] = "input_ids"
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     output_modalities: ClassVar[tuple[str, ...]] = ("text",)
@@ -66,9 +71,18 @@ class Pretrained:
         """A tensor of a tensor or an array of numpy, in this dtype of the library."""
         raise NotImplementedError
 
-    @classmethod
-    def _tree(cls, tensors: Any, config: Any) -> fm.Params:
-        """The tree of a mapping of tensors."""
+    @staticmethod
+    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        """Arrays of tensors by name; raises where the repetition of a tied tensor differs from it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _bytes_of(dtype: Any) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def _lowest(dtype: Any) -> float:
+        """The lowest number of a dtype."""
         raise NotImplementedError
 
     # --- from and to disk ---------------------------------------------------------------------------------------------
@@ -82,14 +96,15 @@ class Pretrained:
             **options: those of `fm.load`, or of transformers' `from_pretrained`; `interop.loading.load` lists them.
 
         Returns:
-            The model; `(model, info)` with `output_loading_info=True`; `(model, params)` with `_do_init=False`.
+            The model; with `output_loading_info=True` `(model, info)`, where `info` has missing_keys, unexpected_keys,
+            mismatched_keys and error_msgs; with `_do_init=False` `(model, params)`, the tree as well.
         """
-        with_info, do_init = options.pop("output_loading_info", False), options.pop("_do_init", True)
-        loaded = load(cls._tree, source, **options)
+        do_init = options.pop("_do_init", True)
+        loaded = load(cls._arrays, source, **options)
         model = cls(loaded.params, loaded.config)
         if not do_init:
             return model, loaded.params
-        return (model, loaded.info) if with_info else model
+        return (model, loaded.info) if options.get("output_loading_info") else model
 
     @classmethod
     def from_config(cls, config: Any, *, key: Any = None, seed: int | None = None, dtype: Any = "float32") -> Self:
@@ -151,7 +166,7 @@ class Pretrained:
                 )
         if not is_main_process:
             return
-        params = self.params if state_dict is None else self._tree(state_dict, self.config)
+        params = self.params if state_dict is None else fm.from_disk(self._arrays(state_dict, self.config), self.config)
         fm.save(params, self.config, folder, **options)
         if push_to_hub:
             name = Path(folder).resolve().name if repo_id is None else repo_id
@@ -441,7 +456,7 @@ def resize_positions(params: fm.Params, config: Any, size: int, key: Any = None)
         >>> params["embed"]["positions"].shape, config.max_positions
         ((12, 8), 12)
     """
-    tables = {p: leaf for p, leaf in fm.tree.flatten(params).items() if f".{p}".endswith(".embed.positions")}
+    tables = {p: leaf for p, leaf in fm.tree.flatten(params).items() if p in POSITIONS}
     if not tables:
         raise NotImplementedError(f"resize_position_embeddings: {config.model_type} has no table of positions")
     if size < 1:

@@ -65,7 +65,7 @@ def from_tensorflow(tensors_or_module: Any, config: Any) -> fm.Params:
         True
     """
     named = _named(tensors_or_module)
-    arrays = {name: to_numpy(value, name) for name, value in named.items()}
+    arrays = arrays_of("from_tensorflow", named, config)
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         names = ("float64", "int64", "uint64", "complex128")
         if wide := [f"{name!r} is {array.dtype}" for name, array in arrays.items() if array.dtype.name in names]:
@@ -73,13 +73,23 @@ def from_tensorflow(tensors_or_module: Any, config: Any) -> fm.Params:
                 f"from_tensorflow: {len(wide)} tensors have 64 bits, which jax would cut to 32: {', '.join(wide[:20])}"
                 '; tf.cast them to float32, or set jax.config.update("jax_enable_x64", True)'
             )
-    _check_repeated(config, arrays)
     params = fm.from_disk(arrays, config)
     shared = all(isinstance(value, tf.Tensor) for value in named.values())
     return jax.tree.map(lambda a: jax.device_put(a if shared or a.flags.owndata else a.copy()), params)
 
 
-def _check_repeated(config: Any, arrays: Mapping[str, np.ndarray]) -> None:
+def arrays_of(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+    """Tensors by name as arrays, of their own memory where that is possible.
+
+    Raises:
+        ValueError, TypeError: see `from_tensorflow`.
+    """
+    arrays = {name: to_numpy(value, f"{what}: {name!r}") for name, value in tensors.items()}
+    _check_repeated(what, config, arrays)
+    return arrays
+
+
+def _check_repeated(what: str, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Raises if a tensor that came as the repetition of another is none: it would get lost."""
     places = fm.disk_names(config, tied=True, module=True)
     first: dict[tuple[str, ...], str] = {}
@@ -89,7 +99,7 @@ def _check_repeated(config: Any, arrays: Mapping[str, np.ndarray]) -> None:
     unequal = [a for a, b in pairs if a in arrays and b in arrays and not _same(arrays[a], arrays[b])]
     if unequal:
         raise ValueError(
-            f"from_tensorflow: the config ties {', '.join(map(repr, unequal))} to another tensor, but they differ; "
+            f"{what}: the config ties {', '.join(map(repr, unequal))} to another tensor, but they differ; "
             "use dataclasses.replace(config, tie_word_embeddings=False)"
         )
 
@@ -120,23 +130,23 @@ def to_tensor(array: np.ndarray) -> tf.Tensor:
     plain = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}.get(array.itemsize)
     aligned = array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0 and array.size > 0
     if not aligned or plain is None or dtype.name.startswith("float8") or dtype == tf.bool:
-        return tf.convertto_tensor(array)
+        return tf.convert_to_tensor(array)
     # As integers, because numpy's dlpack knows no bfloat16; bitcast shares memory too.
     lent = np.asarray(_Writable(array.view(plain)))
     return tf.bitcast(tf.experimental.dlpack.from_dlpack(lent.__dlpack__()), dtype)
 
 
-def to_numpy(value: Any, name: str) -> np.ndarray:
+def to_numpy(value: Any, where: str) -> np.ndarray:
     """A view of the tensor's memory if it is on the host; the caller copies it if it can change."""
     if isinstance(value, np.ndarray | jax.Array):
         return np.asarray(value)
     try:
-        tensor = tf.convertto_tensor(value)
+        tensor = tf.convert_to_tensor(value)
     except (TypeError, ValueError) as error:
         kind = type(value).__name__
-        raise TypeError(f"from_tensorflow: {name!r} must be a tensor, variable or numpy array; got {kind}") from error
+        raise TypeError(f"{where} must be a tensor, variable or numpy array; got {kind}") from error
     if tf.is_symbolic_tensor(tensor):
-        raise ValueError(f"from_tensorflow: {name!r} has no value yet; call it outside of tf.function")
+        raise ValueError(f"{where} has no value yet; call it outside of tf.function")
     if "CPU" not in tensor.device or tensor.dtype not in (tf.float32, tf.float16, tf.bfloat16):
         return tensor.numpy()
     if tensor.dtype == tf.bfloat16:
