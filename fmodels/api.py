@@ -118,7 +118,9 @@ def forward(
     """
     keep = Keep(hidden_states, attentions, router_logits, bool(remat))
     if remat and cache is not None:
-        raise ValueError("forward: remat saves memory of gradients, for which there is no cache; leave remat or cache out")
+        raise ValueError(
+            "forward: remat saves memory of gradients, for which there is no cache; leave remat or cache out"
+        )
     kernel = kernels.check(attention)
     if attentions and kernel != "xla":
         raise ValueError(

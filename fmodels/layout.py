@@ -147,7 +147,8 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
     places, found, missing, dropped = match.places, match.found, match.missing, match.dropped
     problems = [f"{name!r} and {other!r} are the same tensor under two names" for name, other in match.twice]
     problems += [
-        f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shapes[name])}" for name in match.unknown
+        f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shapes[name])}"
+        for name in match.unknown
     ]
     heads = {n: p for n, p in missing.items() if p.rule.tasks is not None}
     if not new_head or len(missing) > len(heads):

@@ -121,7 +121,9 @@ def load(
     options = _readable(options)
     if gguf_file is not None:
         options |= {"format": "gguf", "variant": gguf_file.removesuffix(".gguf")}
-    hub = {n: options.pop(n) for n in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if n in options}
+    hub = {
+        n: options.pop(n) for n in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if n in options
+    }
     form = {n: options.pop(n) for n in ("variant", "format") if n in options}
     if (source is None) == (state_dict is None):
         raise TypeError("from_pretrained: pass a source, or None and state_dict=")
@@ -131,7 +133,9 @@ def load(
     special = own is not None or options or key_mapping or ignore_mismatched_sizes
     if state_dict is None and not special:
         assert source is not None
-        params, found = fm.load(source, task=task, dtype=dtype, layers=layers, sharding=sharding, key=key, **form, **hub)
+        params, found = fm.load(
+            source, task=task, dtype=dtype, layers=layers, sharding=sharding, key=key, **form, **hub
+        )
         info: dict[str, list[Any]] = {}
         if output_loading_info:
             tensors = fm.open_checkpoint(source, task=task, **form, **hub).tensors

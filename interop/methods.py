@@ -94,7 +94,9 @@ NEITHER = {
 """Name -> why neither wrapper has it, or what does the same."""
 
 TORCH = {
-    **dict.fromkeys(["get_bias", "set_bias", "get_lm_head", "input_signature", "supports_xla_generation"], TENSORFLOW_ONLY),
+    **dict.fromkeys(
+        ["get_bias", "set_bias", "get_lm_head", "input_signature", "supports_xla_generation"], TENSORFLOW_ONLY
+    ),
 }
 """Name -> why `TorchModel` does not have it."""
 

@@ -156,7 +156,9 @@ class Pretrained:
         if save_function is not None:
             raise TypeError("save_pretrained: save_function is not called by fm.save; leave it out, or pass format=")
         if not save_original_format:
-            raise ValueError("save_pretrained: files have the names that transformers writes; leave save_original_format")
+            raise ValueError(
+                "save_pretrained: files have the names that transformers writes; leave save_original_format"
+            )
         if safe_serialization is not None:
             name = "safetensors" if safe_serialization else "torch"
             if options.setdefault("format", name) != name:
@@ -422,7 +424,9 @@ class Pretrained:
             chosen = fm.tree.flatten(dict(mask)) if any(isinstance(v, Mapping) for v in mask.values()) else dict(mask)
             if chosen.keys() != set(names):
                 odd = ", ".join(sorted(chosen.keys() ^ set(names)))
-                raise ValueError(f"{what}: the mask says True or False of each parameter and of nothing else; see {odd}")
+                raise ValueError(
+                    f"{what}: the mask says True or False of each parameter and of nothing else; see {odd}"
+                )
             names = [name for name in names if chosen[name]]
         elif mask is not None:
             names = [name for name in names if mask(name)]

@@ -103,6 +103,7 @@ def _check_repeated(what: str, config: Any, arrays: Mapping[str, np.ndarray]) ->
             "use dataclasses.replace(config, tie_word_embeddings=False)"
         )
 
+
 def disk_arrays(params: fm.Params, config: Any, what: str, *, tied: bool = False) -> dict[str, np.ndarray]:
     """The tensors by their names on disk, as numpy arrays, which are views of the tree where the layout allows it."""
     flat = fm.tree.flatten(params)

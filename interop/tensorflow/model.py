@@ -348,7 +348,9 @@ class TFModel(Pretrained, tf.Module):
         """Assigns a tensor, or the first weight of a layer, to the weight of the head; a tied one is the table, too."""
         head = self.get_output_embeddings()
         if head is None:
-            raise ValueError(f"set_output_embeddings: a model of task {self.config.task!r} has no head over the vocabulary")
+            raise ValueError(
+                f"set_output_embeddings: a model of task {self.config.task!r} has no head over the vocabulary"
+            )
         head.assign(value.weights[0] if hasattr(value, "weights") else value)
 
     def get_lm_head(self) -> tf.Variable | None:
@@ -358,7 +360,11 @@ class TFModel(Pretrained, tf.Module):
     def get_bias(self) -> dict[str, tf.Variable] | None:
         """The bias of the logits over the vocabulary, by its name; None if there is none."""
         places = fm.disk_names(self.config, module=True).items()
-        found = {n: self.named_variables[n] for n, leaves in places if leaves == ("lm_head.bias",) and n in self.named_variables}
+        found = {
+            n: self.named_variables[n]
+            for n, leaves in places
+            if leaves == ("lm_head.bias",) and n in self.named_variables
+        }
         return found or None
 
     def set_bias(self, value: Mapping[str, Any]) -> None:

@@ -114,7 +114,9 @@ def arrays_of(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, n
         ValueError, TypeError: see `from_torch`.
     """
     if not isinstance(tensors, Mapping):
-        raise TypeError(f"{what}: expected a state dict or an nn.Module, got {kind_of(tensors)}; pass model.state_dict()")
+        raise TypeError(
+            f"{what}: expected a state dict or an nn.Module, got {kind_of(tensors)}; pass model.state_dict()"
+        )
     odd = {name: kind_of(value) for name, value in tensors.items() if not isinstance(value, Tensor | np.ndarray)}
     if odd:
         raise TypeError(

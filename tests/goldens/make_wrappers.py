@@ -26,7 +26,15 @@ CLASSES = [
     transformers.PreTrainedModel, ModuleUtilsMixin, transformers.TFPreTrainedModel, TFModelUtilsMixin,
     transformers.FlaxPreTrainedModel, transformers.GenerationMixin, TFGenerationMixin, FlaxGenerationMixin, PushToHubMixin,
 ]  # fmt: skip
-GPT2 = {"vocab_size": 11, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1}
+GPT2 = {
+    "vocab_size": 11,
+    "n_embd": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 BERT = {
     "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 16,
@@ -88,7 +96,9 @@ def masks() -> list[dict]:
     add("float32", True, "create_extended_attention_mask_for_decoder", TWO, "int64", input_shape=(2, 4))
     add("float32", True, "create_extended_attention_mask_for_decoder", LONG, "int64", input_shape=(2, 3))
     add("float32", False, "get_head_mask", [[1, 0], [0.5, 1]], "float32", num_hidden_layers=2)
-    add("float32", False, "get_head_mask", [[1, 0], [0.5, 1]], "float32", num_hidden_layers=2, is_attention_chunked=True)
+    add(
+        "float32", False, "get_head_mask", [[1, 0], [0.5, 1]], "float32", num_hidden_layers=2, is_attention_chunked=True
+    )
     return calls
 
 
@@ -118,7 +128,10 @@ def counts() -> dict[str, dict]:
             "only_trainable": model.num_parameters(only_trainable=True),
             "exclude_embeddings": model.num_parameters(exclude_embeddings=True),
             "get_memory_footprint": model.get_memory_footprint(return_buffers=False),
-            "estimate_tokens": [model.estimate_tokens({"input_ids": tokens}), model.estimate_tokens({"labels": tokens})],
+            "estimate_tokens": [
+                model.estimate_tokens({"input_ids": tokens}),
+                model.estimate_tokens({"labels": tokens}),
+            ],
             "floating_point_ops": [
                 model.floating_point_ops({"input_ids": tokens}),
                 model.floating_point_ops({"input_ids": tokens}, exclude_embeddings=False),
