@@ -35,7 +35,7 @@ Mask = Mapping[str, Any] | Callable[[str], bool]
 class Pretrained:
     """The methods of a wrapper that say the same in every library.
 
-    A wrapper brings `config`, `params`, `dtype`, `get_input_embeddings` and what raises NotImplementedError here.
+    A wrapper brings `config` and what raises NotImplementedError here.
 
     Attributes:
         is_gradient_checkpointing: whether gradients compute each layer twice; `gradient_checkpointing_enable` turns it on.
@@ -51,6 +51,18 @@ class Pretrained:
     is_parallelizable: ClassVar[bool] = False
     supports_gradient_checkpointing: ClassVar[bool] = True
     is_gradient_checkpointing: bool = False
+
+    def __init__(self, params: fm.Params, config: Any):
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the first floating parameter."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> Any:
+        """What holds the table of the tokens."""
+        raise NotImplementedError
 
     def _named(self) -> dict[str, Any]:
         """Name -> parameter or buffer; a tied one once, under its first name."""
@@ -123,7 +135,7 @@ class Pretrained:
             raise TypeError("from_config: the weights are random; pass one of key= and seed=")
         if isinstance(config, Mapping):
             config = fm.models.family(config["model_type"]).config.from_hf(config)
-        return cls(fm.init(config, jax.random.key(seed) if key is None else key, dtype=dtype), config)
+        return cls(fm.init(config, jax.random.key(seed) if seed is not None else key, dtype=dtype), config)
 
     def save_pretrained(
         self,
@@ -475,6 +487,7 @@ def resize_positions(params: fm.Params, config: Any, size: int, key: Any = None)
     for i, (path, leaf) in enumerate(tables.items()):
         new = leaf[:rows]
         if rows > leaf.shape[0]:
+            assert key is not None
             drawn = jax.random.normal(jax.random.fold_in(key, i), (rows - leaf.shape[0], *leaf.shape[1:]))
             new = np.concatenate([np.asarray(leaf), np.asarray(config.initializer_range * drawn).astype(leaf.dtype)])
         changed[path] = jax.numpy.asarray(new)

@@ -381,10 +381,10 @@ class TFModel(Pretrained, tf.Module):
         Raises:
             NotImplementedError: the model has none.
         """
-        tables = tuple(table for path in POSITIONS for table in self._variables_of(path))
+        tables = [table for path in POSITIONS for table in self._variables_of(path)]
         if not tables:
             raise NotImplementedError(f"get_position_embeddings: {self.config.model_type} has no table of positions")
-        return tables if len(tables) > 1 else tables[0]
+        return tables[0] if len(tables) == 1 else tuple(tables)
 
     def tie_weights(self) -> None:
         """Does nothing: what the config ties is one variable under one name."""

@@ -63,7 +63,8 @@ class TorchModel(Pretrained, nn.Module):
 
     `named_parameters()`, `state_dict()`, `load_state_dict()`, `torch.optim`, `copy.deepcopy`, `torch.save` and the
     conversions of dtype work as for any module, and the methods of transformers' models have their names here
-    (`interop.methods` lists those that there are not). There is no dropout: `train()` and `eval()` change nothing. Gradients
+    (`interop.methods` lists those that there are not). There is no dropout: `train()` and `eval()` change nothing, nor does
+    `torch.autocast`: the dtypes of the parameters say what is computed in which. Gradients
     come from `jax.vjp`, compiled once per shape of the inputs; second derivatives are not available. A tied head is one
     Parameter under two names.
 
@@ -287,8 +288,8 @@ class TorchModel(Pretrained, nn.Module):
         names = [name for path in POSITIONS for name in _names_of(path, self.config)]
         if not names:
             raise NotImplementedError(f"get_position_embeddings: {self.config.model_type} has no table of positions")
-        modules = tuple(self.get_submodule(name.rpartition(".")[0]) for name in names)
-        return modules if len(modules) > 1 else modules[0]
+        modules = [self.get_submodule(name.rpartition(".")[0]) for name in names]
+        return modules[0] if len(modules) == 1 else tuple(modules)
 
     def tie_weights(self, **options: Any) -> None:
         """Makes what the config ties one Parameter again, that of the first name; see `fm.tie` and `fm.untie`.
@@ -363,7 +364,7 @@ class TorchModel(Pretrained, nn.Module):
 
     def _set_weight(self, what: str, module: nn.Module, value: Any) -> None:
         weight = getattr(value, "weight", value)
-        old = module.weight
+        old: Any = module.weight
         if not isinstance(weight, Tensor):
             raise TypeError(f"{what}: expected a module with a weight, a Parameter or a tensor, got {kind_of(value)}")
         if weight.shape != old.shape:
@@ -401,7 +402,10 @@ class TorchModel(Pretrained, nn.Module):
                 if old.shape == tensor.shape:
                     own[id(tensor)] = old
                     with torch.no_grad():
-                        old.copy_(tensor)
+                        if old.dtype == tensor.dtype:
+                            old.copy_(tensor)
+                        else:
+                            old.data = tensor.clone(memory_format=torch.contiguous_format)
                 else:
                     new = _parameter(tensor) if isinstance(old, nn.Parameter) else tensor.clone()
                     own[id(tensor)] = new.requires_grad_(old.requires_grad)

@@ -175,7 +175,7 @@ def test_positions_become_more_or_fewer(library, case):
     new = np.asarray(model.params["embed"]["positions"])
     assert new.shape[0] == 7
     assert np.array_equal(new[:5], old[:5])
-    assert 0 < np.abs(new[5:]).max() < 0.2
+    assert 0 < np.abs(new[5:]).max() < 5 * row.config.initializer_range
     with pytest.raises(ValueError, match="at least one"):
         model.resize_position_embeddings(0)
     llama = case("llama/causal-lm")
