@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -19,14 +18,12 @@ import numpy as np
 import fmodels as fm
 from interop import masks
 from interop.loading import load
+from interop.positions import resize_positions
 
 logger = logging.getLogger("fmodels")
 
 DUMMY = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 """transformers' example tokens."""
-
-POSITIONS = ("embed.positions", "encoder.embed.positions", "decoder.embed.positions")
-"""The leaves that are tables of positions."""
 
 Mask = Mapping[str, Any] | Callable[[str], bool]
 """Which parameters: name -> bool for each, as a nested dict or with dots; or a function of the name with dots."""
@@ -171,20 +168,14 @@ class Pretrained:
             raise ValueError(
                 "save_pretrained: files have the names that transformers writes; leave save_original_format"
             )
-        if safe_serialization is not None:
-            name = "safetensors" if safe_serialization else "torch"
-            if options.setdefault("format", name) != name:
-                raise ValueError(
-                    f"save_pretrained: safe_serialization={safe_serialization} is format={name!r}, which contradicts "
-                    f"format={options['format']!r}; pass one of them"
-                )
+        options = _with_format("save_pretrained", safe_serialization, options)
         if not is_main_process:
             return
         params = self.params if state_dict is None else fm.from_disk(self._arrays(state_dict, self.config), self.config)
         fm.save(params, self.config, folder, **options)
         if push_to_hub:
             name = Path(folder).resolve().name if repo_id is None else repo_id
-            fm.push_to_hub(params, self.config, name, **(hub_options or {}))
+            fm.push_to_hub(params, self.config, name, **options, **(hub_options or {}))
 
     def push_to_hub(
         self, repo_id: str, *, use_temp_dir: bool | None = None, safe_serialization: bool | None = None, **options: Any
@@ -194,14 +185,14 @@ class Pretrained:
         Args:
             repo_id: such as `"me/my-model"`.
             use_temp_dir: False is refused: the upload is made in a temporary folder.
-            safe_serialization: False is refused: safetensors are uploaded.
-            **options: token, private, revision, create_pr, commit_message.
+            safe_serialization: as for `save_pretrained`.
+            **options: token, private, revision, create_pr, commit_message, ….
         """
-        if use_temp_dir is False or safe_serialization is False:
+        if use_temp_dir is False:
             raise ValueError(
-                "push_to_hub: it uploads safetensors from a temporary folder; leave use_temp_dir and safe_serialization out, "
-                "or save_pretrained and upload the folder"
+                "push_to_hub: it uploads from a temporary folder; leave use_temp_dir out, or save_pretrained and upload the folder"
             )
+        options = _with_format("push_to_hub", safe_serialization, options)
         return fm.push_to_hub(self.params, self.config, repo_id, **options)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
@@ -461,36 +452,14 @@ class Pretrained:
         return self._tensor(np.array(found), self._floats)
 
 
-def resize_positions(params: fm.Params, config: Any, size: int, key: Any = None) -> tuple[fm.Params, Any]:
-    """The tree and config with another number of positions in all tables of positions.
-
-    Example:
-        >>> config = fm.models.gpt2.Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=1,
-        ...                                num_heads=2, num_kv_heads=2, head_dim=4, max_positions=16, task="causal-lm")
-        >>> params = fm.init(config, jax.random.key(0))
-        >>> params, config = resize_positions(params, config, 12)
-        >>> params["embed"]["positions"].shape, config.max_positions
-        ((12, 8), 12)
-    """
-    tables = {p: leaf for p, leaf in fm.tree.flatten(params).items() if p in POSITIONS}
-    if not tables:
-        raise NotImplementedError(f"resize_position_embeddings: {config.model_type} has no table of positions")
-    if size < 1:
-        raise ValueError(f"resize_position_embeddings: expected at least one position, got {size}")
-    rows = size + config.position_offset
-    if key is None and any(rows > leaf.shape[0] for leaf in tables.values()):
+def _with_format(what: str, safe_serialization: bool | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the format that `safe_serialization` is another name of."""
+    if safe_serialization is None:
+        return options
+    name = "safetensors" if safe_serialization else "torch"
+    if options.get("format", name) != name:
         raise ValueError(
-            f"resize_position_embeddings: {size} positions are more than {config.max_positions}; pass key=jax.random.key(…), "
-            "from which the new rows are drawn"
+            f"{what}: safe_serialization={safe_serialization} is format={name!r}, which contradicts "
+            f"format={options['format']!r}; pass one of them"
         )
-    changed: dict[str, Any] = {}
-    for i, (path, leaf) in enumerate(tables.items()):
-        new = leaf[:rows]
-        if rows > leaf.shape[0]:
-            assert key is not None
-            drawn = jax.random.normal(jax.random.fold_in(key, i), (rows - leaf.shape[0], *leaf.shape[1:]))
-            new = np.concatenate([np.asarray(leaf), np.asarray(config.initializer_range * drawn).astype(leaf.dtype)])
-        changed[path] = jax.numpy.asarray(new)
-    params, config = fm.tree.update(params, changed), dataclasses.replace(config, max_positions=size)
-    fm.check(params, config)
-    return params, config
+    return {**options, "format": name}

@@ -15,7 +15,8 @@ from jax.experimental import jax2tf
 
 import fmodels as fm
 from interop.loading import generation_options
-from interop.pretrained import POSITIONS, Pretrained
+from interop.positions import POSITIONS
+from interop.pretrained import Pretrained
 from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_tensor
 
 PLATFORMS = ("cpu", "cuda", "tpu")

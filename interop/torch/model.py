@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fmodels as fm
 from interop.loading import generation_options
-from interop.pretrained import POSITIONS, Pretrained
+from interop.positions import POSITIONS
+from interop.pretrained import Pretrained
 from interop.torch.arrays import kind_of, to_tensor
 from interop.torch.call import Call, Differentiable
 from interop.torch.convert import arrays_of, from_torch, to_torch
