@@ -18,6 +18,7 @@ from fmodels.api import match_config as match_config
 from fmodels.api import partition_specs as partition_specs
 from fmodels.checkpoint import load as load
 from fmodels.checkpoint import load_config as load_config
+from fmodels.checkpoint import open_checkpoint as open_checkpoint
 from fmodels.checkpoint import push_to_hub as push_to_hub
 from fmodels.checkpoint import save as save
 from fmodels.conversion import Conversion as Conversion
@@ -34,8 +35,10 @@ from fmodels.generation.scores import compute_transition_scores as compute_trans
 from fmodels.generation.synthid import SynthID as SynthID
 from fmodels.generation.watermark import Watermark as Watermark
 from fmodels.generation.watermark import detect_watermark as detect_watermark
+from fmodels.layout import LoadingInfo as LoadingInfo
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
+from fmodels.layout import loading_info as loading_info
 from fmodels.layout import to_disk as to_disk
 from fmodels.many import Continuation as Continuation
 from fmodels.many import generate_many as generate_many

@@ -71,6 +71,7 @@ def forward(
     router_logits: bool = False,
     experts: str | None = None,
     attention: str = "xla",
+    remat: bool = False,
 ) -> Output:
     """Runs the model; what comes out depends on `config.task`.
 
@@ -99,6 +100,8 @@ def forward(
             tokens; None for the platform's own, dense on CPU. The numbers are the same. Under `vmap` only dense.
         attention: the kernel of attention: `"xla"`, everywhere and the one with transformers' numbers; `"cudnn"` on NVIDIA's
             GPUs in float16 or bfloat16; `"splash"` on TPUs, for texts and heads of a multiple of 128.
+        remat: gradients keep only the input of every layer and compute the layer once more: less memory, about a third
+            more work (gradient checkpointing). The outputs are the same.
 
     Returns:
         An `Output`; logits are float32.
@@ -106,7 +109,7 @@ def forward(
     Raises:
         ValueError: wrong shapes; no tokens; inputs that the model does not take; tokens outside of the vocabulary or
             positions beyond the table (these two are only seen outside of `jit`); a kernel that the platform does not have,
-            or that does not fit the shapes, the dtype or the model.
+            or that does not fit the shapes, the dtype or the model; `remat` with a cache.
         NotImplementedError: `experts="grouped"` under `vmap`.
 
     Example:
@@ -115,7 +118,11 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
-    keep = Keep(hidden_states, attentions, router_logits)
+    keep = Keep(hidden_states, attentions, router_logits, bool(remat))
+    if remat and cache is not None:
+        raise ValueError(
+            "forward: remat saves memory of gradients, for which there is no cache; leave remat or cache out"
+        )
     kernel = kernels.check(attention)
     if attentions and kernel != "xla":
         raise ValueError(

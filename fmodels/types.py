@@ -90,17 +90,19 @@ class Output(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What `forward` returns of the layers, beside what they make; static.
+    """What `forward` returns of the layers, beside what they make, and what it keeps of them for the gradient; static.
 
     Attributes:
         hidden_states: the input of every layer.
         attentions: the weights of every attention.
         router_logits: what every router gave.
+        remat: whether the backward pass finds only the input of every layer and computes the rest again.
     """
 
     hidden_states: bool = False
     attentions: bool = False
     router_logits: bool = False
+    remat: bool = False
 
 
 NOTHING = Keep()

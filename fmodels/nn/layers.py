@@ -75,11 +75,12 @@ def run(
         x: `(b t d)`.
         cache: carried through and returned with the new tokens in it.
         present: `(b t)` bool, which of the new tokens are real; for the cache. All if None.
-        keep: what to return beside.
+        keep: what to return beside, and for the gradient.
         order: which layer is applied at each step, where that is not each of them once; then there is no cache.
     """
     if order is not None and cache is not None:
         raise ValueError("layers.run: layers that are applied in an order of their own have no cache")
+    layer = _recomputed(layer) if keep.remat else layer
     slot = NO_SLOT
     if cache is not None:
         present = jnp.ones(x.shape[:2], bool) if present is None else present
@@ -95,6 +96,24 @@ def run(
         else:
             ran = _scan(layer, dict(layers), x, cache, keep, order, slot)
     return ran if ran.cache is None or present is None else ran._replace(cache=extend(ran.cache, present))
+
+
+def _recomputed(layer: Layer) -> Layer:
+    """The layer without a cache, of which the backward pass finds only the input."""
+
+    def apply(params: Params, index: Any, x: Array, slot: Slot) -> tuple[Array, Slot]:
+        unrolled = isinstance(index, int)
+
+        def make(params: Params, index: Any, x: Array) -> tuple[Array, Any, Any]:
+            y, made = layer(params, index, x, slot)
+            return y, made.weights, made.routed
+
+        # Inside of a scan nothing can be shared with the forward pass, so that nothing has to forbid it.
+        again = jax.checkpoint(make, prevent_cse=unrolled, static_argnums=(1,) if unrolled else ())
+        y, weights, routed = again(params, index, x)
+        return y, slot._replace(weights=weights, routed=routed)
+
+    return apply
 
 
 def first(layers: Params | Sequence[Params]) -> Params:
