@@ -1,6 +1,7 @@
 """Pretrained transformers as plain parameter trees and pure functions, exchanged with everybody else exactly."""
 
 from fmodels import assets as assets
+from fmodels import export as export
 from fmodels import models as models
 from fmodels import tree as tree
 from fmodels.api import abstract as abstract
@@ -15,6 +16,9 @@ from fmodels.checkpoint import push_to_hub as push_to_hub
 from fmodels.checkpoint import save as save
 from fmodels.embed import embed as embed
 from fmodels.embed import embed_texts as embed_texts
+from fmodels.export import export_forward as export_forward
+from fmodels.export import export_generate as export_generate
+from fmodels.exported import load_exported as load_exported
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
