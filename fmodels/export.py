@@ -68,9 +68,7 @@ def forward_program(params: Params, config: Config, names: Sequence[str] | None 
     names = ("tokens", "mask", *decoder) if names is None else tuple(names)
     known = ("tokens", "mask", *decoder, "positions", *(() if config.is_encoder_decoder else ("token_types",)))
     if "tokens" not in names or not set(names) <= set(known):
-        raise ValueError(
-            f"export: inputs of {config.model_type} are tokens and any of {', '.join(known[1:])}; got {names}"
-        )
+        raise ValueError(f"export: inputs are tokens and any of {', '.join(known[1:])}; got {', '.join(names)}")
     choices = config.task in ("multiple-choice", "double-heads")
 
     def axes(name: str) -> str:
