@@ -17,6 +17,7 @@ from fmodels import schema, tree
 from fmodels.api import inputs
 from fmodels.checkpoint import load
 from fmodels.export import RECORD, read_config, read_record, width
+from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
 from fmodels.prepare import Generated
 from fmodels.types import Output, Params
@@ -112,6 +113,9 @@ class Exported:
             problems.append(f"{prompt.shape[1]} columns of tokens, exported for at most {limit}")
         if unknown := sorted(set(per_call) - set(record["defaults"])):
             problems.append(f"exported without {', '.join(unknown)} in per_call")
+        GenerationConfig(
+            **{name: value for name, value in per_call.items() if name in record["defaults"] and name != "seed"}
+        )  # which checks the values
         values = {**record["defaults"], **per_call}
         if missing := [name for name, value in values.items() if value is None]:
             problems.append(f"pass {', '.join(missing)}")

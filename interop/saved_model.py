@@ -129,6 +129,8 @@ def _around(
         )
         if limit is not None:
             tf.debugging.assert_less_equal(length, limit, "generate: more tokens than the model has positions for")
+        if "temperature" in per_call:
+            tf.debugging.assert_positive(per_call["temperature"], "generate: temperature is above 0")
         if "max_new_tokens" in per_call:
             tf.debugging.assert_positive(per_call["max_new_tokens"], "generate: max_new_tokens is at least 1")
             tf.debugging.assert_less_equal(

@@ -51,7 +51,9 @@ def test_gradient(case, tmp_path):
     given = given_of(loaded, "right")
 
     def loss(forward):
-        return lambda params: (jax.nn.log_softmax(forward(params, **given).logits) * jnp.float32(given["mask"])[..., None]).mean()
+        return lambda params: (
+            jax.nn.log_softmax(forward(params, **given).logits) * jnp.float32(given["mask"])[..., None]
+        ).mean()
 
     got = jax.jit(jax.grad(loss(exported.forward)))(exported.params)
     want = jax.jit(jax.grad(loss(lambda p, **given: fm.forward(p, loaded.config, **given))))(loaded.params)
@@ -124,6 +126,7 @@ def test_what_does_not_fit_is_refused(case, tmp_path):
         "exported without temperature in per_call": {"tokens": [[5]], "temperature": 0.5},
         "max_new_tokens is exported for 1 … 4; got 5": {"tokens": [[5]], "max_new_tokens": 5},
         r"tokens are \(b t\) integers": {"tokens": [5]},
+        "temperature must be": {"tokens": [[5]], "temperature": -1.0},
     }.items():
         with pytest.raises(ValueError, match=match):
             exported.generate(exported.params, **call)
