@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from fmodels import checkpoint, hub
+from fmodels import checkpoint
 from fmodels.certificate import TensorCheck
 from fmodels.models import Config, family
 from fmodels.types import Params
-from fmodels.weights import Tensor, read_file, read_folder
+from fmodels.weights import Tensor, read_folder
 
 
 class Source(NamedTuple):
@@ -42,10 +42,8 @@ class Name(NamedTuple):
 
 def open_source(source: str | os.PathLike[str], task: str | None) -> Source:
     """Reads the config and the headers of a folder, a file of weights beside its config.json, or a Hub id."""
-    folder = hub.resolve(source)
-    config = checkpoint.load_config(folder, task=task)
-    tensors, _ = read_folder(folder) if folder.is_dir() else read_file(folder)
-    return Source(folder, config, tensors)
+    opened = checkpoint.open_checkpoint(source, task=task)
+    return Source(opened.path, opened.config, opened.tensors)
 
 
 def canonical_names(names: Sequence[str], config: Config) -> dict[str, Name]:

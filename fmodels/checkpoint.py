@@ -10,25 +10,66 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from fmodels import hub, layout, schema, tree
+from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.certificate import Certificate
+from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+from fmodels.weights.formats import check_format, is_alone
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import READERS, aligned_empty
 
 ALIGNMENT = 64
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk, whose tensors are not read yet.
+
+    Attributes:
+        path: the folder or file.
+        config: what it says about the model.
+        tensors: under the names and with the axes that PyTorch's files have.
+        raw: the same as the files have them.
+        metadata: of the files; the entry `format` says whose names `raw` has.
+    """
+
+    path: Path
+    config: Config
+    tensors: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    variant: str | None = None,
+    format: str | None = None,
+    **hub_options: Any,
+) -> Checkpoint:
+    """Reads the config and the headers of a folder, a file of weights, or a Hub id; in any format.
+
+    Raises:
+        ValueError, OSError, pickle.UnpicklingError: as `load`.
+    """
+    path = hub.resolve(source, variant=variant, format=format, **hub_options)
+    folder = path.is_dir() and not is_alone(path)
+    raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
+    config = _config(path, metadata, task)
+    return Checkpoint(path, config, dialects.read(raw, config, metadata["format"]), raw, metadata)
 
 
 def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hub_options: Any) -> Config:
@@ -38,10 +79,27 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
         ValueError: config.json is broken, or says something that is not supported; the message lists everything.
         OSError: there is no config.json.
     """
-    folder = hub.resolve(source, **hub_options)
-    folder = folder if folder.is_dir() else folder.parent
+    path = hub.resolve(source, **hub_options)
+    if (_folder_of(path) / "config.json").exists():
+        return _config(path, {}, task)
+    try:
+        metadata = (read_folder(path) if path.is_dir() else read_file(path))[1]
+    except FileNotFoundError:
+        metadata = {}
+    return _config(path, metadata, task)
+
+
+def _folder_of(path: Path) -> Path:
+    """Where config.json lies: in a folder, or beside a file of weights."""
+    return path if path.is_dir() and not is_alone(path) else path.parent
+
+
+def _config(path: Path, metadata: Mapping[str, Any], task: str | None) -> Config:
+    folder = _folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
+        if (config := dialects.config_of(metadata, task=task)) is not None:
+            return config
         raise FileNotFoundError(
             f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights"
         )
@@ -83,6 +141,7 @@ def load(
     revision: str | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
+    format: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
@@ -100,7 +159,8 @@ def load(
         key: random key for a new head.
         revision: branch, tag or commit on the Hub.
         subfolder: of the source.
-        variant: as in `model.<variant>.safetensors`.
+        variant: as in `model.<variant>.safetensors`, or a part of the name of a GGUF file.
+        format: a key of `fm.FORMATS`, where there are several; the first of them that is there if None.
         cache_dir: of the Hub's client.
         token: for private and gated repositories.
         local_files_only: use the cache and no network.
@@ -122,14 +182,28 @@ def load(
     """
     stacked = layout.check_layers(layers)
     _check_dtype(dtype)
-    folder = hub.resolve(
-        source, revision=revision, subfolder=subfolder, variant=variant, cache_dir=cache_dir, token=token,
-        local_files_only=local_files_only,
+    opened = open_checkpoint(
+        source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
+        token=token, local_files_only=local_files_only,
     )  # fmt: skip
-    config = load_config(folder, task=task)
-    tensors, _ = read_folder(folder, variant=variant) if folder.is_dir() else read_file(folder)
+    tensors = opened.tensors
+    config, planned = plan(opened, new_head=task is not None and key is not None)
+    _check_dtypes(planned, tensors, dtype)
+    stacked = stacked and not schema.is_ragged(config)
+    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    if planned.missing:
+        params = _with_new_head(params, planned, config, key, dtype)
+    return params, config
+
+
+def plan(opened: Checkpoint, *, new_head: bool = False) -> tuple[Config, layout.Plan]:
+    """Which tensor is which, and the config that the tensors give: a tied head that differs makes it untied.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; all are listed.
+    """
+    config, tensors = opened.config, opened.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    new_head = task is not None and key is not None
     planned = layout.plan(shapes, config, new_head=new_head)
     if (different := _tied_but_different(planned, tensors)) is not None:
         layout.logger.warning(
@@ -139,12 +213,7 @@ def load(
         planned = layout.plan(shapes, config, new_head=new_head)
         if (different := _tied_but_different(planned, tensors)) is not None:
             raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
-    _check_dtypes(planned, tensors, dtype)
-    stacked = stacked and not schema.is_ragged(config)
-    params = _read(planned, tensors, config, dtype, stacked, sharding)
-    if planned.missing:
-        params = _with_new_head(params, planned, config, key, dtype)
-    return params, dataclasses.replace(config, module_names=True) if planned.module else config
+    return dataclasses.replace(config, module_names=True) if planned.module else config, planned
 
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -342,7 +411,7 @@ def save(
         params: the tree, stacked or a tuple of layers.
         config: its config.
         folder: made if it is not there.
-        format: `"safetensors"`, or `"torch"` for `pytorch_model.bin`.
+        format: a key of `fm.FORMATS` that can be written: `"safetensors"`, `"torch"` for `pytorch_model.bin`, ….
         max_shard_size: bytes, or text such as `"5GB"`.
         variant: as in `model.<variant>.safetensors`.
 
@@ -359,35 +428,39 @@ def save(
         >>> bool((again["embed"]["tokens"] == params["embed"]["tokens"]).all())
         True
     """
-    if format not in FORMATS:
-        raise ValueError(f"save: format {format!r} is not supported; one of {', '.join(FORMATS)}")
+    check_format(format, verb="save")
     check(params, config)
-    data = {**config.to_hf(), "dtype": np.dtype(params["embed"]["tokens"].dtype).name}
-    files = {"config.json": _json(data)}
+    dtype = np.dtype(params["embed"]["tokens"].dtype).name
+    tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
+    write_folder(
+        folder, tensors, format=format, max_shard_size=max_shard_size, variant=variant, metadata=metadata, files=files
+    )
+
+
+def as_written(
+    tensors: Mapping[str, Tensor], config: Config, dtype: str, format: str, metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """What the files of a checkpoint in some format hold: tensors under its names, metadata, and the JSON files beside.
+
+    Args:
+        tensors: by PyTorch's names.
+        config: of the model.
+        dtype: what config.json says.
+        format: a key of `FORMATS`.
+        metadata: more of them than follows from the config.
+    """
+    files = {"config.json": _json({**config.to_hf(), "dtype": dtype})}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
-    write_folder(
-        folder, disk_tensors(params, config), format=format, max_shard_size=max_shard_size, variant=variant, files=files
-    )
+    names = FORMATS[format].dialect
+    metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
+    return dialects.write(tensors, config, names), metadata, files
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
     flat = tree.flatten(params)
-    stacked = tree.is_stacked(params)
-    weights = family(config).weights
-    weights = weights.of_module if config.module_names else weights
-    tensors: dict[str, Tensor] = {}
-    for name, (place, source) in weights.sources(config, flat.__contains__).items():
-        where = source if stacked or place.layer is None else place.leaves(stacked=False)
-
-        def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:
-            leaves = {p: place.part(np.asarray(flat[where[p]]), stacked=stacked) for p in place.rule.leaves}
-            return rules.to_disk(place.rule, leaves, np.concatenate)
-
-        shape = rules.disk_shape(place.rule, place.sizes(config))
-        tensors[name] = Tensor.lazy(name, np.dtype(flat[where[place.rule.leaves[0]]].dtype), shape, get)
-    return tensors
+    return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
@@ -404,8 +477,14 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    certificate: Certificate | None = None,
 ) -> str:
     """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
+
+    A repository without a model card gets one, with the hash of the tensors.
 
     Args:
         params: the tree.
@@ -416,6 +495,10 @@ def push_to_hub(
         revision: branch to commit to.
         create_pr: open a pull request.
         commit_message: of the commit.
+        format: as in `save`.
+        max_shard_size: as in `save`.
+        variant: as in `save`.
+        certificate: what `fm.verify` found; it goes into the card.
 
     Returns:
         The address of the commit or pull request.
@@ -424,13 +507,41 @@ def push_to_hub(
         OSError: the Hub cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(params, config, folder)
-        return hub.push(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        save(params, config, folder, format=format, max_shard_size=max_shard_size, variant=variant)
+        return push_folder(
+            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, variant=variant, certificate=certificate,
+        )  # fmt: skip
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    certificate: Certificate | None = None,
+    **options: Any,
+) -> str:
+    """Uploads a checkpoint folder, with a model card if there is none; options as in `push_to_hub`.
+
+    Raises:
+        ValueError: the folder cannot be loaded again, so it is not worth a push.
+        OSError: as in `push_to_hub`.
+    """
+    from fmodels.card import model_card
+    from fmodels.conversion import digest_of
+
+    opened = open_checkpoint(folder, variant=variant)
+    config, planned = plan(opened)
+    tensors = {name: opened.tensors[name] for name in planned.tensors}
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+
+    def card() -> str:
+        return model_card(
+            config, name=repo_id, parameters=sum(tensor.size for tensor in tensors.values()), bytes_by_dtype=sizes,
+            sha256=digest_of(tensors, config), certificate=certificate,
+        )  # fmt: skip
+
+    return hub.push(folder, repo_id, card=card, variant=variant, **options)

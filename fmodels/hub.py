@@ -2,12 +2,13 @@
 
 import glob
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fmodels.weights import find_weights, read_index
+from fmodels.weights import FORMATS, find_weights, read_index
 
 SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has them
     "config.json",
@@ -31,10 +32,6 @@ SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has 
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-STALE = {  # weights of an older push that would be read in place of the pushed ones
-    ".safetensors": ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"],
-    ".bin": ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin"],
-}
 
 
 def resolve(
@@ -46,6 +43,7 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    format: str | None = None,
 ) -> Path:
     """The local folder of a checkpoint, downloaded if `source` is not a path but the id of a repository.
 
@@ -60,6 +58,7 @@ def resolve(
         token: for private repositories; False to send none.
         local_files_only: never connects.
         variant: of the weights, as in `model.<variant>.safetensors`.
+        format: of the weights; the first of `fm.FORMATS` that is there if None.
 
     Returns:
         The folder (or the file, if `source` is one).
@@ -89,7 +88,7 @@ def resolve(
     revision = revision or "main"
 
     def cached() -> Path | None:
-        return _cached(name, revision, prefix, cache_dir, variant)
+        return _cached(name, revision, prefix, cache_dir, variant, format)
 
     from huggingface_hub import constants
 
@@ -102,7 +101,7 @@ def resolve(
         )
     with _errors("load", name, revision, token):
         try:
-            return _download(name, revision, prefix, cache_dir, token, variant)
+            return _download(name, revision, prefix, cache_dir, token, variant, format)
         except Exception as error:
             # Only where the Hub did not answer: what it refuses (404, 401) must not be served from the cache.
             if _is_unreachable(error) and (folder := cached()) is not None:
@@ -119,6 +118,8 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    variant: str | None = None,
+    card: Callable[[], str] | None = None,
 ) -> str:
     """Uploads a folder to the Hub in one commit, making the repository and the branch if they are missing.
 
@@ -132,6 +133,8 @@ def push(
         revision: the branch.
         create_pr: proposes the commit in place of pushing it.
         commit_message: "Upload model" if None.
+        variant: of the weights that are pushed.
+        card: gives a model card, for a repository that has none when the folder has none.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -149,38 +152,80 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        weights = find_weights(lambda name: (folder / name).is_file()) or ""
-        stale = [pattern for suffix, patterns in STALE.items() if suffix in weights for pattern in patterns]
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload model",
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns=stale or None,
-            ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
-        )
-        return str(commit.pr_url or commit.commit_url)
+        found = find_weights(os.listdir(folder), variant)
+        stale = [] if found is None else stale_patterns(found[0], variant)
+        with tempfile.TemporaryDirectory() as place:
+            if card is not None and not (folder / "README.md").exists() and not _has_card(api, repo_id, revision):
+                for path in folder.iterdir():  # the folder itself is not ours to write to
+                    os.symlink(path.resolve(), Path(place) / path.name)
+                (Path(place) / "README.md").write_text(card(), encoding="utf-8")
+                folder = Path(place)
+            return _upload(api, folder, repo_id, stale, revision, create_pr, commit_message)
 
 
-def _download(name: str, revision: str, prefix: str, cache_dir: Any, token: Any, variant: str | None) -> Path:
+def _has_card(api: Any, repo_id: str, revision: str | None) -> bool:
+    return "README.md" in {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []}
+
+
+def _upload(
+    api: Any, folder: Path, repo_id: str, stale: list[str], revision: str | None, create_pr: bool, message: str | None
+) -> str:
+    """One commit; returns its address."""
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message or "Upload model",
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=stale or None,
+        ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
+    )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def stale_patterns(format: str, variant: str | None = None) -> list[str]:
+    """Names, as patterns, of weights of an older push that would be read in place of those of `format`, or beside them.
+
+    Example:
+        >>> stale_patterns("safetensors")
+        ['model.safetensors', 'model.safetensors.index.json', 'model-?????-of-?????.safetensors']
+    """
+    kinds = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
+    patterns: list[str] = []
+    for kind in kinds:
+        patterns += [f"{kind.single(variant)}/*"] if kind.directory else kind.candidates(variant)
+        patterns += [kind.shard(0, 0, variant).replace("0" * 5, "?" * 5)] if kind.sharded else []
+    return patterns
+
+
+def _download(
+    name: str, revision: str, prefix: str, cache_dir: Any, token: Any, variant: str | None, format: str | None
+) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     for _ in range(3):  # a push between the calls would mix two commits
         info = HfApi(token=token).model_info(name, revision=revision)
         files = {file.rfilename for file in info.siblings or []}
-        weights = find_weights(lambda file: prefix + file in files, variant)  # noqa: B023
-        if weights is None:
-            kind = f" of variant {variant!r}" if variant else ""
+        here = {file.removeprefix(prefix).split("/")[0] for file in files if file.startswith(prefix)}
+        found = find_weights(here, variant, format)
+        if found is None:
+            kind = "".join(f" of {k} {v!r}" for k, v in (("format", format), ("variant", variant)) if v)
             shown = ", ".join(sorted(files)[:20]) or "no file"
             raise FileNotFoundError(
                 f"load: {name!r} at revision {revision!r} has no weights{kind} that can be read in "
                 f"{prefix or 'its root'!r}, it has {shown}; convert it, or give another revision, subfolder or variant"
             )
+        weights = found[1]
         wanted = [weights]
-        if weights.endswith(".json"):
+        if FORMATS[found[0]].directory:
+            wanted = [file.removeprefix(prefix) for file in files if file.startswith(f"{prefix}{weights}/")]
+        elif weights.endswith(".json"):
             index = hf_hub_download(name, prefix + weights, revision=info.sha, cache_dir=cache_dir, token=token)
             wanted += sorted(set(read_index(index).values()))
+        elif weights.endswith(".index"):  # of a TensorFlow checkpoint, whose data lie beside it
+            wanted += [
+                f.removeprefix(prefix) for f in files if f.startswith(f"{prefix}{weights.removesuffix('index')}data-")
+            ]
         wanted = [prefix + file for file in (*SMALL, *wanted) if prefix + file in files]
         # By revision, not by commit: so the cache learns which commit the branch is at, for later without network.
         snapshot = snapshot_download(
@@ -195,20 +240,24 @@ def _download(name: str, revision: str, prefix: str, cache_dir: Any, token: Any,
     raise OSError(f"load: {name!r} changes faster than it can be read; give a commit as revision=")
 
 
-def _cached(name: str, revision: str, prefix: str, cache_dir: Any, variant: str | None) -> Path | None:
+def _cached(
+    name: str, revision: str, prefix: str, cache_dir: Any, variant: str | None, format: str | None
+) -> Path | None:
     """The folder in the cache, if it holds all of the weights."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    def find(file: str) -> Path | None:
-        found = try_to_load_from_cache(name, prefix + file, cache_dir=cache_dir, revision=revision)
-        return Path(found) if isinstance(found, str) else None
-
-    weights = find_weights(lambda file: find(file) is not None, variant)
-    path = find(weights) if weights else None
-    if path is None:
+    root = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    branch = root / "refs" / revision
+    folder = root / "snapshots" / (branch.read_text() if branch.is_file() else revision) / prefix
+    if not folder.is_dir():
         return None
+    found = find_weights([path.name for path in folder.iterdir() if path.exists()], variant, format)
+    if found is None:
+        return None
+    path = folder / found[1]
     shards = set(read_index(path).values()) if path.name.endswith(".json") else ()
-    return path.parent if all((path.parent / shard).is_file() for shard in shards) else None
+    return folder if all((folder / shard).is_file() for shard in shards) else None
 
 
 def _is_id(name: str) -> bool:

@@ -29,14 +29,11 @@ def run_info(args: argparse.Namespace) -> int:
     import jax
 
     from fmodels import layout, schema, tree
-    from fmodels.checkpoint import load_config
+    from fmodels.checkpoint import open_checkpoint
     from fmodels.text import size, table
     from fmodels.transforms.counting import num_parameters
-    from fmodels.weights import read_file, read_folder
 
-    path = resolve(args)
-    config = load_config(path)
-    tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
+    path, config, tensors, raw, metadata = open_checkpoint(resolve(args))
     planned = layout.plan({name: tensor.shape for name, tensor in tensors.items()}, config, what="info")
     leaves: dict[str, Any] = {}
     for name, place in planned.tensors.items():
@@ -61,7 +58,7 @@ def run_info(args: argparse.Namespace) -> int:
         "bytes": sum(dtypes.values()),
         "bytes_by_dtype": dtypes,
         "tensors": len(tensors),
-        "files": sorted({t.file.path.name for t in tensors.values() if t.file is not None}),
+        "files": sorted({t.file.path.name for t in raw.values() if t.file is not None}),
         "metadata": metadata,
         "generation": None if config.generation is None else config.generation.to_hf(),
         "pooling": config.pooling,

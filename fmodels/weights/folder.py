@@ -13,90 +13,22 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from fmodels.weights import safetensors, torch_bin
-from fmodels.weights.tensors import Tensor, brief, is_lfs_pointer, lfs_error, listing, parse_json, replacing
-
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A file format: `read(path) -> (tensors, metadata)`, `write(path, tensors, metadata, *, advance)`, its names."""
-
-    read: Callable[..., tuple[Tensors, dict[str, str]]]
-    write: Callable[..., None] | None  # None: it can only be read
-    stem: str
-    suffix: str
-
-    def single(self, variant: str | None = None) -> str:
-        """The name of the file when there is one."""
-        return f"{self._stem(variant)}.{self.suffix}"
-
-    def index(self, variant: str | None = None) -> str:
-        """The name of the index when there are several."""
-        return f"{self.stem}.{self.suffix}.index{_dotted(variant)}.json"
-
-    def shard(self, number: int, count: int, variant: str | None = None) -> str:
-        """The name of one of several files, counted from 1."""
-        return f"{self._stem(variant)}-{number:05d}-of-{count:05d}.{self.suffix}"
-
-    def owns(self, name: str, variant: str | None = None) -> bool:
-        """Whether a file of that name is weights of this format and variant."""
-        shard = rf"{re.escape(self._stem(variant))}-\d{{5}}-of-\d{{5}}\.{self.suffix}"
-        return name in (self.single(variant), self.index(variant)) or re.fullmatch(shard, name) is not None
-
-    def _stem(self, variant: str | None) -> str:
-        return self.stem + _dotted(variant)
-
-
-FORMATS: dict[str, Format] = {  # in the order in which a folder is searched, which is transformers'
-    "safetensors": Format(safetensors.read, safetensors.write, "model", "safetensors"),
-    "torch": Format(lambda path: (torch_bin.read(path), {}), torch_bin.write, "pytorch_model", "bin"),
-}
-OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
-
-
-def find_weights(exists: Callable[[str], bool], variant: str | None = None) -> str | None:
-    """The file or index that holds a folder's weights, by transformers' order of preference.
-
-    Args:
-        exists: tells whether the folder has a file of that name.
-        variant: as in `model.<variant>.safetensors`.
-
-    Example:
-        >>> find_weights({"pytorch_model.bin", "model.safetensors.index.json"}.__contains__)
-        'model.safetensors.index.json'
-    """
-    return next((name for name in _candidates(variant) if exists(name)), None)
-
-
-def read_file(path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, str]]:
-    """Reads one file of weights, recognised by its content, not by its name.
-
-    Returns:
-        The tensors by name, and the file's metadata.
-
-    Raises:
-        ValueError: no known format, or a damaged file.
-        pickle.UnpicklingError: a pickle that asks for more than tensors.
-
-    Example:
-        >>> import tempfile, numpy as np
-        >>> path = tempfile.mkdtemp() + "/weights"
-        >>> safetensors.write(path, {"x": Tensor.lazy("x", np.int8, (), lambda: np.array(7, np.int8))})
-        >>> read_file(path)[0]["x"].array().item()
-        7
-    """
-    with open(path, "rb") as file:
-        head = file.read(200)
-    if is_lfs_pointer(head):
-        raise lfs_error(Path(path))
-    if not safetensors.looks_like(path) and head.startswith((b"PK", b"\x80")):
-        return FORMATS["torch"].read(path)
-    return FORMATS["safetensors"].read(path)
+from fmodels.weights.formats import (
+    FORMATS,
+    OTHERS,
+    Format,
+    Metadata,
+    Tensors,
+    candidates,
+    check_format,
+    find_weights,
+    is_alone,
+    read_file,
+)
+from fmodels.weights.tensors import Tensor, brief, listing, parse_json, replacing
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -121,17 +53,20 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
     return weight_map
 
 
-def read_folder(folder: str | os.PathLike[str], *, variant: str | None = None) -> tuple[Tensors, dict[str, str]]:
+def read_folder(
+    folder: str | os.PathLike[str], *, variant: str | None = None, format: str | None = None
+) -> tuple[Tensors, Metadata]:
     """Reads the weights of a checkpoint folder; bytes stay on disk until they are asked for.
 
-    Looks for `model.safetensors`, its index, `pytorch_model.bin`, its index, in this order.
+    Looks for the formats in the order of `FORMATS`: `model.safetensors`, its index, `pytorch_model.bin`, its index, ….
 
     Args:
         folder: the checkpoint.
         variant: reads `model.<variant>.safetensors` and so on.
+        format: reads this one, whichever others are there.
 
     Returns:
-        The tensors by name, and the metadata of the files.
+        The tensors by the names in the files, and the metadata of the files; its entry `format` says whose names they are.
 
     Raises:
         FileNotFoundError: no folder, no weights in it, or missing shards.
@@ -149,11 +84,15 @@ def read_folder(folder: str | os.PathLike[str], *, variant: str | None = None) -
     if not folder.is_dir():
         kind = "a file; use read_file" if folder.exists() else "not there; check the path"
         raise FileNotFoundError(f"read: expected a folder of weights, {str(folder)!r} is {kind}")
-    name = find_weights(lambda name: (folder / name).is_file(), variant)
-    if name is None:
+    there = find_weights(os.listdir(folder), variant, format)
+    if there is None:
         found = sorted({path.name for pattern in OTHERS for path in folder.glob(pattern)})
         hint = f"; there is {listing(found)}, convert it first" if found else ""
-        raise FileNotFoundError(f"read: {str(folder)!r} has none of {', '.join(_candidates(variant))}{hint}")
+        raise FileNotFoundError(f"read: {str(folder)!r} has none of {', '.join(candidates(variant, format))}{hint}")
+    kind, name = FORMATS[there[0]], there[1]
+    if kind.directory:
+        tensors, metadata = kind.read(folder / name)
+        return tensors, {"format": kind.dialect, **metadata}
     if not name.endswith(".json"):
         return read_file(folder / name)
     weight_map = read_index(folder / name)
@@ -164,7 +103,7 @@ def read_folder(folder: str | os.PathLike[str], *, variant: str | None = None) -
             "copy or download them"
         )
     tensors: Tensors = {}
-    metadata: dict[str, str] = {}
+    metadata: Metadata = {}
     home: dict[str, str] = {}
     problems: list[str] = []
     for shard in shards:
@@ -190,6 +129,7 @@ def write_folder(
     format: str = "safetensors",
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
     progress: bool = True,
 ) -> None:
@@ -208,6 +148,7 @@ def write_folder(
         format: a key of `FORMATS`.
         max_shard_size: bytes of a file, or text such as "5GB" (10^9), "5GiB" (2^30); a larger tensor has its own file.
         variant: writes `model.<variant>.safetensors` and so on.
+        metadata: of the files; `{"format": …}`, which says whose names the tensors have, if None.
         files: more files by name, such as `config.json`.
         progress: shows a bar, on a terminal only.
 
@@ -225,39 +166,96 @@ def write_folder(
         model-00002-of-00002.safetensors
         model.safetensors.index.json
     """
-    kind = FORMATS.get(format)
-    if kind is None or kind.write is None:
-        known = ", ".join(name for name, other in FORMATS.items() if other.write)
-        raise ValueError(f"write: format {format!r} cannot be written; use one of {known}")
-    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
-        raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
-    files = dict(files or {})
-    if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
-        raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
-    shards = split(tensors, parse_size(max_shard_size))
-    names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [kind.single(variant)]
-    else:
-        files |= {kind.index(variant): _index(shards, names)}
-    write = kind.write
+    check_format(format, verb="write")
+    named, files = _arrange(tensors, FORMATS[format], max_shard_size, variant, files or {})
 
     def fill(stage: Path) -> None:
         from tqdm import tqdm
 
         total = sum(tensor.nbytes for tensor in tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=None if progress else True) as bar:
-            for name, shard in zip(names, shards, strict=True):
-                write(stage / name, shard, {"format": "pt"}, advance=bar.update)
-        for name, content in files.items():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(stage / name) as out:
-                out.write(content)
+            _fill(stage, FORMATS[format], named, files, metadata, bar.update)
 
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     # What makes the folder a new checkpoint comes last: the only file, or the index.
-    order = [*names, *files] if len(shards) > 1 else [*files, *names]
+    order = [*named, *files] if len(named) > 1 else [*files, *named]
     _commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
+
+
+def write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str,
+    max_shard_size: int | str,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    advance: Callable[[int], object],
+) -> int:
+    """Writes the files of `write_folder` into a folder that nobody reads yet, but for those of the weights that are there.
+
+    Args:
+        folder: where to.
+        tensors: by name.
+        format: a key of `FORMATS`.
+        max_shard_size: as in `write_folder`.
+        metadata: of the files.
+        files: more files by name.
+        advance: called with the number of bytes after each tensor.
+
+    Returns:
+        How many files of weights were there already, from a process that was killed: each is whole if it is there.
+    """
+    check_format(format, verb="write")
+    named, files = _arrange(tensors, FORMATS[format], max_shard_size, None, files)
+    return _fill(folder, FORMATS[format], named, files, metadata, advance)
+
+
+def _arrange(
+    tensors: Mapping[str, Tensor],
+    kind: Format,
+    max_shard_size: int | str,
+    variant: str | None,
+    files: Mapping[str, bytes],
+) -> tuple[dict[str, Tensors], dict[str, bytes]]:
+    """Name of each file of weights -> its tensors; and the other files, with the index if there is one."""
+    if not kind.writable:
+        known = ", ".join(name for name, other in FORMATS.items() if other.writable)
+        raise ValueError(f"write: a file such as {kind.single()!r} can only be read; use one of {known}")
+    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
+        raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
+    if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
+        raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
+    limit = parse_size(max_shard_size)
+    shards = split(tensors, limit) if kind.sharded else [dict(tensors)]
+    if len(shards) == 1:
+        return {kind.single(variant): shards[0]}, dict(files)
+    names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
+    return dict(zip(names, shards, strict=True)), {**files, kind.index(variant): _index(shards, names)}
+
+
+def _fill(
+    stage: Path,
+    kind: Format,
+    named: Mapping[str, Tensors],
+    files: Mapping[str, bytes],
+    metadata: Mapping[str, Any] | None,
+    advance: Callable[[int], object],
+) -> int:
+    """Writes all of it; returns how many of the files of weights were there."""
+    metadata = {"format": kind.dialect} if metadata is None else metadata
+    there = 0
+    for name, shard in named.items():
+        if (stage / name).exists():
+            there += 1
+            advance(sum(tensor.nbytes for tensor in shard.values()))
+        else:
+            kind.write(stage / name, shard, metadata, advance=advance)
+    for name, content in files.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(stage / name) as out:
+            out.write(content)
+    return there
 
 
 def parse_size(size: int | str) -> int:
@@ -303,14 +301,6 @@ def _index(shards: list[Tensors], names: list[str]) -> bytes:
     }
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _candidates(variant: str | None) -> list[str]:
-    return [name for kind in FORMATS.values() for name in (kind.single(variant), kind.index(variant))]
-
-
-def _dotted(variant: str | None) -> str:
-    return f".{variant}" if variant else ""
 
 
 def _is_inside(name: str) -> bool:
@@ -373,7 +363,11 @@ def _keep(source: Path, target: Path, drop: Callable[[str], bool], prefix: str =
     for entry in entries:
         name, new = prefix + entry.name, target / entry.name
         if drop(name):
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            if (
+                entry.is_dir(follow_symlinks=False)
+                and not entry.name.startswith(".")
+                and not is_alone(Path(entry.path))
+            ):
                 raise IsADirectoryError(f"write: expected a file, {entry.path!r} is a folder; rename it")
         elif entry.is_symlink():
             os.symlink(os.readlink(entry.path), new)
@@ -415,17 +409,21 @@ def _move_in(stage: Path, target: Path, order: list[str], stale: Callable[[str],
             if number < len(leaving):
                 os.rename(old, saved)
                 continue
-            if present:
-                _link(old, saved)
+            if present:  # a folder has no second name
+                os.rename(old, saved) if old.is_dir() else _link(old, saved)
             old.parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, old)
         _sync(target)
     except BaseException:
         for saved, old in reversed(undo):
-            if saved is None:
-                old.unlink(missing_ok=True)
-            elif os.path.lexists(saved):  # else the failure came before it was moved
+            if saved is not None and not os.path.lexists(saved):
+                continue  # the failure came before it was moved
+            if old.is_dir():
+                shutil.rmtree(old)
+            if saved is not None:
                 os.replace(saved, old)
+            else:
+                old.unlink(missing_ok=True)
         raise
 
 
@@ -439,28 +437,28 @@ def _stage(place: Path, name: str) -> Iterator[Path]:
     while True:
         stage = place / (_prefix(name) + secrets.token_hex(4))
         stage.mkdir()
-        lock = _lock(stage)
+        held = lock(stage)
         if stage.exists():  # else somebody swept it before it was locked
             break
-        _unlock(lock)
+        unlock(held)
     try:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        _unlock(lock)
+        unlock(held)
 
 
 def _sweep(target: Path) -> None:
     """Removes what dead processes left."""
     for place in (target.parent, target):
         for path in place.glob(_prefix(target.name).replace("[", "[[]") + "*") if place.is_dir() else ():
-            lock = _lock(path)
-            if lock is not None:
+            held = lock(path)
+            if held is not None:
                 shutil.rmtree(path, ignore_errors=True)
-                _unlock(lock)
+                unlock(held)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Locks a folder; None if another process holds it, or where nobody can tell."""
     try:
         import fcntl
@@ -476,9 +474,10 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+def unlock(held: int | None) -> None:
+    """Gives back what `lock` gave."""
+    if held is not None:
+        os.close(held)
 
 
 def _sync(path: Path) -> None:

@@ -30,14 +30,14 @@ MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
 MAX_PICKLE = 256 * 2**20  # bytes; the pickle of a model with 100 000 tensors has 20 MB
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a state dict saved by `torch.save`; the bytes of the tensors stay on disk until they are asked for.
 
     Args:
         path: the file, a flat state dict or one under the key `state_dict` or `model`.
 
     Returns:
-        The tensors by name, in the order of the file; views of one storage stay views of the same bytes.
+        The tensors by name, in the order of the file, and no metadata; views of one storage stay views of the same bytes.
 
     Raises:
         pickle.UnpicklingError: the file asks for anything but tensors.
@@ -48,7 +48,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         >>> import tempfile, numpy as np
         >>> path = tempfile.mkdtemp() + "/pytorch_model.bin"
         >>> write(path, {"x": Tensor.lazy("x", np.int32, (3,), lambda: np.arange(3, dtype=np.int32))})
-        >>> read(path)["x"].array()
+        >>> read(path)[0]["x"].array()
         array([0, 1, 2], dtype=int32)
     """
     file = File(path)
@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"read: {str(path)!r} has tensors that do not fit its data: {listing(problems, sep='; ')}; "
             "the file is damaged or was cut, copy or download it again"
         )
-    return tensors
+    return tensors, {}
 
 
 def write(

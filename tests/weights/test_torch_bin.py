@@ -55,7 +55,7 @@ def test_equals_torch(tmp_path, form):
     if form != "legacy":
         made |= {str(d): torch.ones(4).to(d) for d in LATER}
     torch.save(made, tmp_path / "a", **FORMS[form])
-    got = torch_bin.read(tmp_path / "a")
+    got, _ = torch_bin.read(tmp_path / "a")
     assert list(got) == list(made)
     for name, want in made.items():
         assert same(got[name].array(), want), name
@@ -70,15 +70,15 @@ def test_equals_torch(tmp_path, form):
         assert loaded[name].stride() == want.contiguous().stride()
         assert same(got[name].array(), loaded[name])
         assert same(got[name].array(), mapped[name])
-    torch_bin.write(tmp_path / "c", torch_bin.read(tmp_path / "b"))
+    torch_bin.write(tmp_path / "c", torch_bin.read(tmp_path / "b")[0])
     assert (tmp_path / "c").read_bytes() == (tmp_path / "b").read_bytes()
-    assert all(t.offset % 64 == 0 for t in torch_bin.read(tmp_path / "b").values())
+    assert all(t.offset % 64 == 0 for t in torch_bin.read(tmp_path / "b")[0].values())
 
 
 def test_views_share_bytes(tmp_path):
     base = torch.zeros(4, 4)
     torch.save({"all": base, "row": base[1], "column": base[:, 1]}, tmp_path / "a")
-    got = torch_bin.read(tmp_path / "a")
+    got, _ = torch_bin.read(tmp_path / "a")
     got["row"].array()[:] = 5
     assert got["all"].array()[1].tolist() == [5] * 4
     assert got["column"].array().tolist() == [0, 5, 0, 0]
@@ -87,7 +87,7 @@ def test_views_share_bytes(tmp_path):
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_wrapped(tmp_path, key):
     torch.save({key: {"x": torch.ones(1)}, "epoch": 3, "best": None}, tmp_path / "a")
-    assert list(torch_bin.read(tmp_path / "a")) == ["x"]
+    assert list(torch_bin.read(tmp_path / "a")[0]) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_damaged_programs(tmp_path, program):
 
 def test_sparse_memo_costs_nothing(tmp_path):
     archive(tmp_path / "a", entries(**{"data.pkl": b"\x80\x02}r\xff\xff\xff\xff."}))  # pickle would take 64 GiB
-    assert torch_bin.read(tmp_path / "a") == {}
+    assert torch_bin.read(tmp_path / "a") == ({}, {})
 
 
 def test_compressed_and_cut_files(tmp_path):
@@ -264,7 +264,7 @@ def test_fuzz(tmp_path_factory, changes, data):
     else:
         path.write_bytes(whole)
     try:
-        for tensor in torch_bin.read(path).values():
+        for tensor in torch_bin.read(path)[0].values():
             if tensor.nbytes < 2**20:
                 assert tensor.array().shape == tensor.shape
     except (ValueError, pickle.UnpicklingError) as error:

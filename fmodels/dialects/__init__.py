@@ -1,0 +1,65 @@
+"""The names that other frameworks give to the same tensors: between their files and those of PyTorch's transformers.
+
+A dialect is a module with `read(tensors, config)`, which gives the names and axes of PyTorch's files, and its inverse
+`write(tensors, config)`; both are lazy. One whose files say what model they hold has `config(metadata, *, task)` and
+`metadata(config)` as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from fmodels.models import Config
+from fmodels.weights import Tensor
+
+DIALECTS: dict[str, str | None] = {"pt": None, "mlx": None, "fmodels": "tree"}
+"""Name, as in the metadata of safetensors -> module here; None where the names are PyTorch's."""
+
+
+def read(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, Tensor]:
+    """The tensors of a file under the names that PyTorch's files have for them; names that are not known stay.
+
+    Args:
+        tensors: by the names in the file.
+        config: of the model.
+        name: of the dialect.
+
+    Raises:
+        ValueError: an unknown dialect.
+    """
+    module = _module(name)
+    return dict(tensors) if module is None else module.read(tensors, config)
+
+
+def write(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, Tensor]:
+    """The inverse of `read`."""
+    module = _module(name)
+    return dict(tensors) if module is None else module.write(tensors, config)
+
+
+def config_of(metadata: Mapping[str, Any], *, task: str | None = None) -> Config | None:
+    """The config that a file's metadata hold, for the dialects whose files hold one."""
+    module = _module(metadata.get("format", "pt"))
+    return module.config(metadata, task=task) if hasattr(module, "config") else None
+
+
+def metadata_of(config: Config, name: str) -> dict[str, Any]:
+    """The metadata of a file that holds a model with this config."""
+    module = _module(name)
+    return {"format": name, **(module.metadata(config) if hasattr(module, "metadata") else {})}
+
+
+def has_own_metadata(source: str, target: str) -> bool:
+    """Whether what a file of one dialect says beside its tensors goes into a file of the other."""
+    return source == target and hasattr(_module(source), "metadata")
+
+
+def _module(name: str) -> Any:
+    if name not in DIALECTS:
+        raise ValueError(
+            f"load: the metadata of the weights name the format {name!r}; expected one of {', '.join(DIALECTS)}"
+        )
+    module = DIALECTS[name]
+    return None if module is None else importlib.import_module(f"fmodels.dialects.{module}")

@@ -1,0 +1,224 @@
+"""The formats of weights: their names in a folder, how a file of each begins, and who reads and writes it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmodels.weights import safetensors
+from fmodels.weights.tensors import Tensor, is_lfs_pointer, lfs_error, listing
+
+Tensors = dict[str, Tensor]
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        module: of `fmodels.weights`, with `read(path) -> (tensors, metadata)` and, if it can be written,
+            `write(path, tensors, metadata, *, advance)`; imported when it is used.
+        stem: of the file's name in a folder.
+        suffix: of that name.
+        dialect: whose names the tensors have, if the metadata of the file do not tell: a key of `fmodels.dialects`.
+        others: regular expression of further names that such a file may have.
+        writable: whether it can be written.
+        sharded: whether it may be several files.
+        directory: whether it is a folder of files.
+    """
+
+    module: str
+    stem: str
+    suffix: str
+    dialect: str = "pt"
+    others: str | None = None
+    writable: bool = True
+    sharded: bool = True
+    directory: bool = False
+
+    @property
+    def read(self) -> Callable[..., tuple[Tensors, Metadata]]:
+        return self._module.read
+
+    @property
+    def write(self) -> Callable[..., None]:
+        return self._module.write
+
+    @property
+    def _module(self) -> Any:
+        return importlib.import_module(f"fmodels.weights.{self.module}")
+
+    def single(self, variant: str | None = None) -> str:
+        """The name of the file when there is one."""
+        return self._stem(variant) + _dotted(self.suffix)
+
+    def index(self, variant: str | None = None) -> str:
+        """The name of the index when there are several."""
+        return f"{self.stem}.{self.suffix}.index{_dotted(variant)}.json"
+
+    def shard(self, number: int, count: int, variant: str | None = None) -> str:
+        """The name of one of several files, counted from 1."""
+        return f"{self._stem(variant)}-{number:05d}-of-{count:05d}.{self.suffix}"
+
+    def owns(self, name: str, variant: str | None = None) -> bool:
+        """Whether a file of that name is weights of this format and variant, as `save` names them."""
+        shard = rf"{re.escape(self._stem(variant))}-\d{{5}}-of-\d{{5}}\.{self.suffix}"
+        if name == self.single(variant):
+            return True
+        return self.sharded and (name == self.index(variant) or re.fullmatch(shard, name) is not None)
+
+    def candidates(self, variant: str | None = None) -> list[str]:
+        """The names to look for: the file, then the index."""
+        return [self.single(variant), *([self.index(variant)] if self.sharded else [])]
+
+    def matches(self, names: Iterable[str], variant: str | None = None) -> list[str]:
+        """The files of `names` that have one of the further names; with a variant, those whose names hold it."""
+        if self.others is None:
+            return []
+        return sorted(n for n in names if re.fullmatch(self.others, n) and (variant or "").lower() in n.lower())
+
+    def _stem(self, variant: str | None) -> str:
+        return self.stem + _dotted(variant)
+
+
+FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: transformers', then what it does not read
+    "safetensors": Format("safetensors", "model", "safetensors"),
+    "torch": Format("torch_bin", "pytorch_model", "bin"),
+    "npz": Format("npz", "model", "npz", sharded=False),
+    "orbax": Format("orbax", "params", "", dialect="fmodels", sharded=False, directory=True),
+}
+OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
+
+
+def _dotted(part: str | None) -> str:
+    return f".{part}" if part else ""
+
+
+def find_weights(names: Iterable[str], variant: str | None = None, format: str | None = None) -> tuple[str, str] | None:
+    """The format and the file, index or folder that holds a checkpoint's weights, by the order of `FORMATS`.
+
+    Args:
+        names: of what is in the folder.
+        variant: as in `model.<variant>.safetensors`, or a part of the name of a file with a free name (`Q8_0`).
+        format: look for this one only.
+
+    Raises:
+        ValueError: an unknown format, or several files with free names of which none is preferred.
+
+    Example:
+        >>> find_weights(["pytorch_model.bin", "model.safetensors.index.json"])
+        ('safetensors', 'model.safetensors.index.json')
+    """
+    names = set(names)
+    check_format(format)
+    kinds = {name: kind for name, kind in FORMATS.items() if format in (None, name)}
+    for name, kind in kinds.items():
+        if (found := next((file for file in kind.candidates(variant) if file in names), None)) is not None:
+            return name, found
+    for name, kind in kinds.items():
+        found = kind.matches(names, variant)
+        if len(found) > 1:
+            raise ValueError(
+                f"read: {len(found)} files could be meant: {listing(found)}; give the path of one, or a part of its name "
+                "as variant="
+            )
+        if found:
+            return name, found[0]
+    return None
+
+
+def check_format(format: str | None, *, verb: str = "read") -> None:
+    """Raises a ValueError for a name that is not in `FORMATS`."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"{verb}: format {format!r} is not known; use one of {', '.join(FORMATS)}")
+
+
+def candidates(variant: str | None = None, format: str | None = None) -> list[str]:
+    """The names of files that `find_weights` looks for."""
+    return [file for name, kind in FORMATS.items() if format in (None, name) for file in kind.candidates(variant)]
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """The format of a file or folder, by its content.
+
+    Raises:
+        ValueError: a git-lfs pointer.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "orbax"
+    with open(path, "rb") as file:
+        head = file.read(200)
+        file.seek(max(0, path.stat().st_size - 8))
+        tail = file.read(8)
+    if is_lfs_pointer(head):
+        raise lfs_error(path)
+    if safetensors.looks_like(path):
+        return "safetensors"
+    if head.startswith(b"PK"):
+        return "npz" if _has_arrays(path) else "torch"
+    if re.match(rb"\x80[\x02-\x05]", head):  # a pickle
+        return "torch"
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "tf"
+    if tail == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb":  # of a table of LevelDB
+        return "tf-checkpoint"
+    if re.match(rb"(?s)\x80$|[\x81-\x8f\xde\xdf].", head):  # a map
+        return "flax"
+    return "safetensors"  # whose reader says what is wrong
+
+
+def _has_arrays(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+
+
+def is_alone(path: Path) -> bool:
+    """Whether a folder is itself what a format with several files makes, and not a checkpoint's folder around it."""
+    return path.is_dir() and any((path / name).exists() for name in ("_METADATA", "_CHECKPOINT_METADATA"))
+
+
+def read_file(path: str | os.PathLike[str], format: str | None = None) -> tuple[Tensors, Metadata]:
+    """Reads one file of weights, recognised by its content, not by its name.
+
+    Args:
+        path: the file.
+        format: refuse any other.
+
+    Returns:
+        The tensors by the names that the file has for them, and the file's metadata; its entry `format` says whose names
+        they are.
+
+    Raises:
+        ValueError: no known format, another than `format`, or a damaged file.
+        pickle.UnpicklingError: a pickle that asks for more than tensors.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> path = tempfile.mkdtemp() + "/weights"
+        >>> safetensors.write(path, {"x": Tensor.lazy("x", np.int8, (), lambda: np.array(7, np.int8))})
+        >>> read_file(path)[0]["x"].array().item()
+        7
+    """
+    found = format_of(path)
+    check_format(format)
+    if format not in (None, found):
+        raise ValueError(f"read: {str(path)!r} is a file of format {found!r}, not {format!r}; leave format= away")
+    if found not in FORMATS:
+        raise ValueError(f"read: {str(path)!r} is a file of format {found!r}, of which nothing is known here")
+    kind = FORMATS[found]
+    tensors, metadata = kind.read(path)
+    return tensors, {"format": kind.dialect, **metadata}
