@@ -2,6 +2,7 @@
 
 from fmodels import assets as assets
 from fmodels import dialects as dialects
+from fmodels import export as export
 from fmodels import models as models
 from fmodels import tree as tree
 from fmodels.adapter_config import AdapterConfig as AdapterConfig
@@ -25,6 +26,9 @@ from fmodels.conversion import Conversion as Conversion
 from fmodels.conversion import convert as convert
 from fmodels.embed import embed as embed
 from fmodels.embed import embed_texts as embed_texts
+from fmodels.export import export_forward as export_forward
+from fmodels.export import export_generate as export_generate
+from fmodels.exported import load_exported as load_exported
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream

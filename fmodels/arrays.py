@@ -44,8 +44,36 @@ def einsum(equation: str, x: Array, weight: Any) -> Array:
     # As one matrix: XLA's CPU backend copies a weight with several input or output axes at every product.
     matrix = weight.reshape(math.prod(rest), -1).astype(x.dtype)
     rows = x.reshape(*lead, matrix.shape[1])
-    product = _few_rows if _is_few(rows, matrix) else _product
-    return product(rows, matrix).reshape(*lead, *rest)
+    return _best_product(rows, matrix).reshape(*lead, *rest)
+
+
+class Target(NamedTuple):
+    """What is traced for another process than this one: an export.
+
+    Attributes:
+        few_rows: whether it shall have the form of products that is fastest on CPU for few rows, beside the plain one.
+        recent: whether its reader knows what jax makes of `jax.lax.top_k` and `jax.lax.ragged_dot`; TensorFlow 2.21 does not.
+    """
+
+    few_rows: bool = True
+    recent: bool = True
+
+
+target = jax.make_user_context(None)
+"""`with target(Target()):` what is traced within runs on every platform; None: it is for this process and its backend."""
+
+
+def _best_product(rows: Array, matrix: Array) -> Array:
+    """`_product` in the form that is fastest on the platform that it is for."""
+    known = all(isinstance(n, int) for n in rows.shape)
+    count = rows.size // rows.shape[-1] if known else None
+    if rows.dtype != jnp.float32 or (count is not None and not 1 <= count <= FEW):
+        return _product(rows, matrix)
+    if target.value is None:
+        return (_few_rows if known and jax.default_backend() == "cpu" else _product)(rows, matrix)
+    if not target.value.few_rows:
+        return _product(rows, matrix)
+    return jax.lax.platform_dependent(rows, matrix, cpu=_few_rows if known else _maybe_few_rows, default=_product)
 
 
 def _product(rows: Array, matrix: Array) -> Array:
@@ -60,19 +88,12 @@ SMALL = 2**19
 """Elements up to which it multiplies a weight and a single row on one core."""
 
 
-def _is_few(rows: Array, matrix: Array) -> bool:
-    count = rows.size // rows.shape[-1] if all(isinstance(n, int) for n in rows.shape) else FEW + 1
-    return jax.default_backend() == "cpu" and rows.dtype == jnp.float32 and 1 <= count <= FEW
-
-
 def _few_rows(rows: Array, matrix: Array) -> Array:
     """`_product` in the form that is fastest on CPU for few rows; the same sums."""
     outputs, inputs = matrix.shape
     flat = rows.reshape(-1, inputs)
     if (count := flat.shape[0]) > 1:
-        # Whole groups: 11 rows take longer than 16. The barrier keeps XLA from turning the product around again.
-        more = -count % (4 if count <= 4 else 8)
-        product = jax.lax.optimization_barrier(_product(matrix, jnp.pad(flat, ((0, more), (0, 0)))))[:, :count].T
+        product = _turned(flat, matrix, 4 if count <= 4 else 8)
     elif outputs % 2 or matrix.size > SMALL:
         product = _product(flat, matrix)
     else:  # half of the outputs on each of two cores
@@ -80,6 +101,24 @@ def _few_rows(rows: Array, matrix: Array) -> Array:
         both = jnp.broadcast_to(flat, (2, inputs))
         product = jax.lax.dot_general(halves, both, (((2,), (1,)), ((0,), (0,))), precision=precision(rows.dtype))
     return product.reshape(*rows.shape[:-1], outputs)
+
+
+def _turned(flat: Array, matrix: Array, group: int) -> Array:
+    """`(n i) × (o i) -> (n o)` with the weight on the left, in whole groups of rows: 11 rows take longer than 16."""
+    count = flat.shape[0]
+    filled = jnp.pad(flat, ((0, -count % group), (0, 0)))
+    # The barrier keeps XLA from turning the product around again.
+    return jax.lax.optimization_barrier(_product(matrix, filled))[:, :count].T
+
+
+def _maybe_few_rows(rows: Array, matrix: Array) -> Array:
+    """`_product` of a number of rows that is known only when it is compiled: XLA then keeps one of the two forms."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = jnp.asarray(flat.shape[0], jnp.int32)
+    product = jax.lax.cond(
+        (count > 1) & (count <= FEW), lambda flat, matrix: _turned(flat, matrix, 8), _product, flat, matrix
+    )
+    return product.reshape(*rows.shape[:-1], matrix.shape[0])
 
 
 @functools.cache
@@ -97,6 +136,15 @@ def precision(dtype: Any) -> str | None:
     """The precision of products in `dtype`: full for float32, unless `jax.default_matmul_precision` says otherwise."""
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return "highest" if dtype == jnp.float32 and chosen is None else None
+
+
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest numbers of the last axis in descending order and their places; of equal ones the first."""
+    if target.value is None or target.value.recent:
+        return jax.lax.top_k(x, k)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    turned, places = jax.lax.sort((-x, places), num_keys=1, is_stable=True)
+    return -turned[..., :k], places[..., :k]
 
 
 def take(table: Any, index: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmodels.arrays import plain, precision
+from fmodels.arrays import plain, precision, target
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.types import Array, Params
@@ -126,7 +126,8 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
 
     Source: Shazeer et al. 2017; matches transformers' `MixtralSparseMoeBlock` and its like.
     """
-    run = HOW[check_how(how)]
+    exported = how is None and target.value is not None
+    run = (_by_platform if target.value.recent else _dense) if exported else HOW[check_how(how)]
     rows = x.reshape(-1, x.shape[-1])
     routed = route(params["router"], rows, routing)
     y = run(params, rows, routed, gate).astype(x.dtype).reshape(x.shape)
@@ -172,6 +173,15 @@ def _dense(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
     if "bias" in params["down"]:
         y = y + params["down"]["bias"].astype(y.dtype)[:, None]
     return (y.astype(jnp.float32) * weights.T[..., None]).sum(0)
+
+
+def _by_platform(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
+    """`(n d)` float32, dense on CPU and grouped elsewhere, in one program for both."""
+
+    def run(how: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda params, rows, routed: how(params, rows, routed, gate)
+
+    return jax.lax.platform_dependent(params, rows, routed, cpu=run(_dense), default=run(_grouped))
 
 
 HOW: dict[str, Callable[[Params, Array, Routed, Gate], Array]] = {"grouped": _grouped, "dense": _dense}
