@@ -3,6 +3,12 @@
 from fmodels import assets as assets
 from fmodels import models as models
 from fmodels import tree as tree
+from fmodels.adapter_config import AdapterConfig as AdapterConfig
+from fmodels.adapters import Adapter as Adapter
+from fmodels.adapters import add_adapter as add_adapter
+from fmodels.adapters import init_adapter as init_adapter
+from fmodels.adapters import load_adapter as load_adapter
+from fmodels.adapters import save_adapter as save_adapter
 from fmodels.api import abstract as abstract
 from fmodels.api import check as check
 from fmodels.api import forward as forward
@@ -36,6 +42,7 @@ from fmodels.many import generate_many as generate_many
 from fmodels.nn.cache import init_cache as init_cache
 from fmodels.nn.experts import load_balancing_loss as load_balancing_loss
 from fmodels.programs import compile_count as compile_count
+from fmodels.transforms.adapters import merge_adapters as merge_adapters
 from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops
 from fmodels.transforms.counting import memory_footprint as memory_footprint

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fmodels import schema, tree
+from fmodels.arrays import check_rows
 from fmodels.models import Config, family
 from fmodels.nn import kernels
 from fmodels.nn.experts import check_how
@@ -255,6 +256,7 @@ def _check_inputs(
         for other, a in arrays.items()
         if a is not None and a.shape != tokens.shape
     ]
+    check_rows("forward", params, tokens.shape[0])
     positions, types = arrays.get("positions"), arrays.get("token_types")
     numbers = {"positions": positions, "token_types": types}
     problems += [

@@ -23,6 +23,7 @@ from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
+from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
@@ -463,6 +464,7 @@ def write(
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
+    check_merged("save", params)
     flat = tree.flatten(params)
     return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 

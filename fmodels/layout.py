@@ -17,6 +17,7 @@ import numpy as np
 from fmodels import schema, tree
 from fmodels.models import Config, family
 from fmodels.transforms._leaves import stack
+from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import rules
@@ -238,8 +239,9 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
         module: give those of the `state_dict`, where transformers saves others.
 
     Raises:
-        ValueError: the tree does not fit the config.
+        ValueError: the tree does not fit the config, or has adapters that are not merged.
     """
+    check_merged("to_disk", params)
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
     weights = family(config).weights

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fmodels import programs
+from fmodels.arrays import check_rows
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
@@ -84,6 +85,7 @@ def generate_many(
     """
     if batch_size < 1:
         raise ValueError(f"generate_many: batch_size is at least 1; got {batch_size}")
+    check_rows("generate_many", params, None)
     rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if empty := [i for i, row in enumerate(rows) if not row.size]:
         raise ValueError(f"generate_many: prompts {empty} have no tokens; give each at least one")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import schema, strategies
+from fmodels.arrays import check_rows
 from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
@@ -224,6 +225,7 @@ def _check_prompt(params: Params, tokens: Any, mask: Any, name: str) -> tuple[np
             f"generate: {name} reach from {prompt.min()} to {prompt.max()}, outside of the vocabulary 0 … {vocabulary - 1}; "
             "see resize_embeddings"
         )
+    check_rows("generate", params, prompt.shape[0])
     present = None if mask is None else np.asarray(mask)
     if present is not None and present.shape != prompt.shape:
         raise ValueError(f"generate: mask has shape {present.shape}, {name} have {prompt.shape}")
