@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -18,21 +17,20 @@ import numpy as np
 
 import fmodels as fm
 from interop import masks
+from interop.adapters import Adapters
 from interop.loading import load
+from interop.positions import resize_positions
 
 logger = logging.getLogger("fmodels")
 
 DUMMY = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 """transformers' example tokens."""
 
-POSITIONS = ("embed.positions", "encoder.embed.positions", "decoder.embed.positions")
-"""The leaves that are tables of positions."""
-
 Mask = Mapping[str, Any] | Callable[[str], bool]
 """Which parameters: name -> bool for each, as a nested dict or with dots; or a function of the name with dots."""
 
 
-class Pretrained:
+class Pretrained(Adapters):
     """The methods of a wrapper that say the same in every library.
 
     A wrapper brings `config` and what raises NotImplementedError here.
@@ -151,7 +149,7 @@ class Pretrained:
         hub_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Saves a checkpoint that transformers and `from_pretrained` load.
+        """Saves a checkpoint that transformers and `from_pretrained` load; with adapters the active one alone, as PEFT does.
 
         Args:
             folder: made if it is not there.
@@ -163,7 +161,7 @@ class Pretrained:
             save_original_format: False is refused: files have the names that transformers writes.
             repo_id: where to upload; the folder's name if None.
             hub_options: those of `push_to_hub`.
-            **options: those of `fm.save`: `format`, `max_shard_size`, `variant`.
+            **options: those of `fm.save`: `format`, `max_shard_size`, `variant`; of `fm.save_adapter`: `format`.
         """
         if save_function is not None:
             raise TypeError("save_pretrained: save_function is not called by fm.save; leave it out, or pass format=")
@@ -178,7 +176,14 @@ class Pretrained:
                     f"save_pretrained: safe_serialization={safe_serialization} is format={name!r}, which contradicts "
                     f"format={options['format']!r}; pass one of them"
                 )
+        if self._specs and (state_dict is not None or push_to_hub):
+            raise ValueError(
+                "save_pretrained: an adapter is saved as it is, to a folder; leave state_dict and push_to_hub"
+            )
         if not is_main_process:
+            return
+        if self._specs:
+            self._save_adapter(folder, **options)
             return
         params = self.params if state_dict is None else fm.from_disk(self._arrays(state_dict, self.config), self.config)
         fm.save(params, self.config, folder, **options)
@@ -263,22 +268,22 @@ class Pretrained:
     # --- counts -------------------------------------------------------------------------------------------------------
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
+        """Counts numbers, adapters' too; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
         places = fm.disk_names(self.config, module=True)
         buffers = fm.models.family(self.config).weights.of_module.buffers(self.config)
         left_out = {n for n, leaves in places.items() if exclude_embeddings and leaves[0].split(".")[-2] == "embed"}
         return sum(
             math.prod(tensor.shape)
-            for name, tensor in self._named().items()
+            for name, tensor in {**self._named(), **self._adapter_tensors()}.items()
             if name not in left_out and name not in buffers and (self._is_trained(tensor) or not only_trainable)
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers that a checkpoint has."""
+        """Bytes of the parameters, adapters' too, and of the buffers that a checkpoint has."""
         left_out = () if return_buffers else fm.models.family(self.config).weights.of_module.buffers(self.config)
         return sum(
             math.prod(tensor.shape) * self._bytes_of(tensor.dtype)
-            for name, tensor in self._named().items()
+            for name, tensor in {**self._named(), **self._adapter_tensors()}.items()
             if name not in left_out
         )
 
@@ -459,38 +464,3 @@ class Pretrained:
             normalize_logits=normalize_logits,
         )
         return self._tensor(np.array(found), self._floats)
-
-
-def resize_positions(params: fm.Params, config: Any, size: int, key: Any = None) -> tuple[fm.Params, Any]:
-    """The tree and config with another number of positions in all tables of positions.
-
-    Example:
-        >>> config = fm.models.gpt2.Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=1,
-        ...                                num_heads=2, num_kv_heads=2, head_dim=4, max_positions=16, task="causal-lm")
-        >>> params = fm.init(config, jax.random.key(0))
-        >>> params, config = resize_positions(params, config, 12)
-        >>> params["embed"]["positions"].shape, config.max_positions
-        ((12, 8), 12)
-    """
-    tables = {p: leaf for p, leaf in fm.tree.flatten(params).items() if p in POSITIONS}
-    if not tables:
-        raise NotImplementedError(f"resize_position_embeddings: {config.model_type} has no table of positions")
-    if size < 1:
-        raise ValueError(f"resize_position_embeddings: expected at least one position, got {size}")
-    rows = size + config.position_offset
-    if key is None and any(rows > leaf.shape[0] for leaf in tables.values()):
-        raise ValueError(
-            f"resize_position_embeddings: {size} positions are more than {config.max_positions}; pass key=jax.random.key(…), "
-            "from which the new rows are drawn"
-        )
-    changed: dict[str, Any] = {}
-    for i, (path, leaf) in enumerate(tables.items()):
-        new = leaf[:rows]
-        if rows > leaf.shape[0]:
-            assert key is not None
-            drawn = jax.random.normal(jax.random.fold_in(key, i), (rows - leaf.shape[0], *leaf.shape[1:]))
-            new = np.concatenate([np.asarray(leaf), np.asarray(config.initializer_range * drawn).astype(leaf.dtype)])
-        changed[path] = jax.numpy.asarray(new)
-    params, config = fm.tree.update(params, changed), dataclasses.replace(config, max_positions=size)
-    fm.check(params, config)
-    return params, config
