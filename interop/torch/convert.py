@@ -107,8 +107,10 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
     return jax.block_until_ready(fm.tree.map_leaves(own, params))
 
 
-def arrays_of(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-    """A state dict's tensors as arrays of their own memory; arrays of numpy stay as they are.
+def arrays_of(
+    what: str, tensors: Mapping[str, Any], config: Any, kinds: tuple[type, ...] = (Tensor,)
+) -> dict[str, np.ndarray]:
+    """A state dict's tensors as arrays of their own memory; arrays of numpy, if they are of the `kinds`, stay as they are.
 
     Raises:
         ValueError, TypeError: see `from_torch`.
@@ -117,7 +119,7 @@ def arrays_of(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, n
         raise TypeError(
             f"{what}: expected a state dict or an nn.Module, got {kind_of(tensors)}; pass model.state_dict()"
         )
-    odd = {name: kind_of(value) for name, value in tensors.items() if not isinstance(value, Tensor | np.ndarray)}
+    odd = {name: kind_of(value) for name, value in tensors.items() if not isinstance(value, kinds)}
     if odd:
         raise TypeError(
             f"{what}: not tensors: {', '.join(f'{name!r} ({kind})' for name, kind in odd.items())}; "

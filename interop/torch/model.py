@@ -369,7 +369,7 @@ class TorchModel(Pretrained, nn.Module):
 
     @staticmethod
     def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-        return arrays_of("from_pretrained", tensors, config)
+        return arrays_of("from_pretrained", tensors, config, (Tensor, np.ndarray))
 
     @staticmethod
     def _bytes_of(dtype: torch.dtype) -> int:
