@@ -213,8 +213,8 @@ class Adapters:
 def _spec(what: str, config: Any) -> fm.AdapterConfig:
     if isinstance(config, fm.AdapterConfig):
         return config
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
+    if hasattr(config, "to_dict"):  # of PEFT, which has sets where its files have lists
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     if not isinstance(config, Mapping):
         raise TypeError(
             f"{what}: expected an fm.AdapterConfig, PEFT's LoraConfig or a dict, got {type(config).__name__}"
