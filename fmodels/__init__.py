@@ -20,6 +20,8 @@ from fmodels.checkpoint import load_config as load_config
 from fmodels.checkpoint import open_checkpoint as open_checkpoint
 from fmodels.checkpoint import push_to_hub as push_to_hub
 from fmodels.checkpoint import save as save
+from fmodels.conversion import Conversion as Conversion
+from fmodels.conversion import convert as convert
 from fmodels.embed import embed as embed
 from fmodels.embed import embed_texts as embed_texts
 from fmodels.generate import Generated as Generated
@@ -63,5 +65,6 @@ from fmodels.types import Cache as Cache
 from fmodels.types import Output as Output
 from fmodels.types import Params as Params
 from fmodels.verify import verify as verify
+from fmodels.weights import FORMATS as FORMATS
 
 __version__ = "0.1.0"

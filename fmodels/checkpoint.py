@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.certificate import Certificate
 from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
@@ -186,9 +187,24 @@ def load(
         source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
         token=token, local_files_only=local_files_only,
     )  # fmt: skip
+    tensors = opened.tensors
+    config, planned = plan(opened, new_head=task is not None and key is not None)
+    _check_dtypes(planned, tensors, dtype)
+    stacked = stacked and not schema.is_ragged(config)
+    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    if planned.missing:
+        params = _with_new_head(params, planned, config, key, dtype)
+    return params, config
+
+
+def plan(opened: Checkpoint, *, new_head: bool = False) -> tuple[Config, layout.Plan]:
+    """Which tensor is which, and the config that the tensors give: a tied head that differs makes it untied.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape; all are listed.
+    """
     config, tensors = opened.config, opened.tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    new_head = task is not None and key is not None
     planned = layout.plan(shapes, config, new_head=new_head)
     if (different := _tied_but_different(planned, tensors)) is not None:
         layout.logger.warning(
@@ -198,12 +214,7 @@ def load(
         planned = layout.plan(shapes, config, new_head=new_head)
         if (different := _tied_but_different(planned, tensors)) is not None:
             raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
-    _check_dtypes(planned, tensors, dtype)
-    stacked = stacked and not schema.is_ragged(config)
-    params = _read(planned, tensors, config, dtype, stacked, sharding)
-    if planned.missing:
-        params = _with_new_head(params, planned, config, key, dtype)
-    return params, dataclasses.replace(config, module_names=True) if planned.module else config
+    return dataclasses.replace(config, module_names=True) if planned.module else config, planned
 
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
@@ -421,45 +432,30 @@ def save(
     check_format(format, verb="save")
     check(params, config)
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
-    write(
-        disk_tensors(params, config),
-        config,
-        folder,
-        dtype,
-        format=format,
-        max_shard_size=max_shard_size,
-        variant=variant,
+    tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
+    write_folder(
+        folder, tensors, format=format, max_shard_size=max_shard_size, variant=variant, metadata=metadata, files=files
     )
 
 
-def write(
-    tensors: Mapping[str, Tensor],
-    config: Config,
-    folder: str | os.PathLike[str],
-    dtype: str,
-    *,
-    format: str,
-    metadata: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Writes a checkpoint of tensors that have PyTorch's names.
+def as_written(
+    tensors: Mapping[str, Tensor], config: Config, dtype: str, format: str, metadata: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
+    """What the files of a checkpoint in some format hold: tensors under its names, metadata, and the JSON files beside.
 
     Args:
-        tensors: by name.
+        tensors: by PyTorch's names.
         config: of the model.
-        folder: where to.
         dtype: what config.json says.
         format: a key of `FORMATS`.
-        metadata: more of the files than follows from the config.
-        options: of `write_folder`.
+        metadata: more of them than follows from the config.
     """
     files = {"config.json": _json({**config.to_hf(), "dtype": dtype})}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    own = dialects.write(tensors, config, names)
     metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
-    write_folder(folder, own, format=format, metadata=metadata, files=files, **options)
+    return dialects.write(tensors, config, names), metadata, files
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
@@ -483,8 +479,14 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    certificate: Certificate | None = None,
 ) -> str:
     """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
+
+    A repository without a model card gets one, with the hash of the tensors.
 
     Args:
         params: the tree.
@@ -495,6 +497,10 @@ def push_to_hub(
         revision: branch to commit to.
         create_pr: open a pull request.
         commit_message: of the commit.
+        format: as in `save`.
+        max_shard_size: as in `save`.
+        variant: as in `save`.
+        certificate: what `fm.verify` found; it goes into the card.
 
     Returns:
         The address of the commit or pull request.
@@ -503,13 +509,41 @@ def push_to_hub(
         OSError: the Hub cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(params, config, folder)
-        return hub.push(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        save(params, config, folder, format=format, max_shard_size=max_shard_size, variant=variant)
+        return push_folder(
+            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, variant=variant, certificate=certificate,
+        )  # fmt: skip
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    certificate: Certificate | None = None,
+    **options: Any,
+) -> str:
+    """Uploads a checkpoint folder, with a model card if there is none; options as in `push_to_hub`.
+
+    Raises:
+        ValueError: the folder cannot be loaded again, so it is not worth a push.
+        OSError: as in `push_to_hub`.
+    """
+    from fmodels.card import model_card
+    from fmodels.conversion import digest_of
+
+    opened = open_checkpoint(folder, variant=variant)
+    config, planned = plan(opened)
+    tensors = {name: opened.tensors[name] for name in planned.tensors}
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+
+    def card() -> str:
+        return model_card(
+            config, name=repo_id, parameters=sum(tensor.size for tensor in tensors.values()), bytes_by_dtype=sizes,
+            sha256=digest_of(tensors, config), certificate=certificate,
+        )  # fmt: skip
+
+    return hub.push(folder, repo_id, card=card, variant=variant, **options)

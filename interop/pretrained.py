@@ -169,6 +169,7 @@ class Pretrained(Adapters):
             raise ValueError(
                 "save_pretrained: files have the names that transformers writes; leave save_original_format"
             )
+<<<<<<< HEAD
         if safe_serialization is not None:
             name = "safetensors" if safe_serialization else "torch"
             if options.setdefault("format", name) != name:
@@ -180,6 +181,9 @@ class Pretrained(Adapters):
             raise ValueError(
                 "save_pretrained: an adapter is saved as it is, to a folder; leave state_dict and push_to_hub"
             )
+=======
+        options = _with_format("save_pretrained", safe_serialization, options)
+>>>>>>> 7cea9d8139dda5d1ae1b5c1f4c0389cea7342c5b
         if not is_main_process:
             return
         if self._specs:
@@ -189,7 +193,7 @@ class Pretrained(Adapters):
         fm.save(params, self.config, folder, **options)
         if push_to_hub:
             name = Path(folder).resolve().name if repo_id is None else repo_id
-            fm.push_to_hub(params, self.config, name, **(hub_options or {}))
+            fm.push_to_hub(params, self.config, name, **options, **(hub_options or {}))
 
     def push_to_hub(
         self, repo_id: str, *, use_temp_dir: bool | None = None, safe_serialization: bool | None = None, **options: Any
@@ -199,14 +203,14 @@ class Pretrained(Adapters):
         Args:
             repo_id: such as `"me/my-model"`.
             use_temp_dir: False is refused: the upload is made in a temporary folder.
-            safe_serialization: False is refused: safetensors are uploaded.
-            **options: token, private, revision, create_pr, commit_message.
+            safe_serialization: as for `save_pretrained`.
+            **options: token, private, revision, create_pr, commit_message, ….
         """
-        if use_temp_dir is False or safe_serialization is False:
+        if use_temp_dir is False:
             raise ValueError(
-                "push_to_hub: it uploads safetensors from a temporary folder; leave use_temp_dir and safe_serialization out, "
-                "or save_pretrained and upload the folder"
+                "push_to_hub: it uploads from a temporary folder; leave use_temp_dir out, or save_pretrained and upload the folder"
             )
+        options = _with_format("push_to_hub", safe_serialization, options)
         return fm.push_to_hub(self.params, self.config, repo_id, **options)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
@@ -464,3 +468,19 @@ class Pretrained(Adapters):
             normalize_logits=normalize_logits,
         )
         return self._tensor(np.array(found), self._floats)
+<<<<<<< HEAD
+=======
+
+
+def _with_format(what: str, safe_serialization: bool | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the format that `safe_serialization` is another name of."""
+    if safe_serialization is None:
+        return options
+    name = "safetensors" if safe_serialization else "torch"
+    if options.get("format", name) != name:
+        raise ValueError(
+            f"{what}: safe_serialization={safe_serialization} is format={name!r}, which contradicts "
+            f"format={options['format']!r}; pass one of them"
+        )
+    return {**options, "format": name}
+>>>>>>> 7cea9d8139dda5d1ae1b5c1f4c0389cea7342c5b

@@ -101,9 +101,9 @@ def table() -> str:
 def formats() -> str:
     rows = ["| format | files | read | write |", "|---|---|---|---|"]
     for name, kind in FORMATS.items():
-        rows.append(
-            f"| {name} | `{kind.single()}`, sharded with `{kind.index()}` | yes | {'yes' if kind.write else 'no'} |"
-        )
+        single = f"`{kind.single()}`" if kind.others is None else f"`*.{kind.suffix}`"
+        single += "/" if kind.directory else f", sharded with `{kind.index()}`" if kind.sharded else ""
+        rows.append(f"| {name} | {single} | yes | {'yes' if kind.writable else 'no'} |")
     return "\n".join(rows)
 
 

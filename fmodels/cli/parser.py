@@ -153,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", metavar="NAME", help="cast floating weights, such as to bfloat16 (default: as they are)"
     )
     convert.add_argument("--task", help="keep the head of this task only (default: as config.json says)")
+    convert.add_argument(
+        "--from", dest="from_format", metavar="FORMAT", help="read this format, where SOURCE has several"
+    )
+    convert.add_argument("--variant", metavar="NAME", help="of the source, as in model.NAME.safetensors")
+    convert.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="read the new files again and compare the hash of every tensor (default: yes)",
+    )  # fmt: skip
 
     verify = command(
         "verify",
@@ -234,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="NAME", help="the branch (default: main)")
     push.add_argument("--create-pr", action="store_true", help="propose the commit in place of pushing it")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--variant", metavar="NAME", help="of the weights, as in model.NAME.safetensors")
+    push.add_argument(
+        "--certify", action="store_true", help="verify first, and put the certificate into the model card"
+    )
     push.add_argument("--token", help="default: HF_TOKEN, or that of `hf auth login`")
 
     bench = command(
@@ -260,6 +272,6 @@ def _source(parser: argparse.ArgumentParser) -> None:
 def _dest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", type=Path, help="a new or empty folder")
     parser.add_argument(
-        "--to", choices=("safetensors", "torch"), default="safetensors", help="format (default: %(default)s)"
+        "--to", default="safetensors", metavar="FORMAT", help="safetensors, torch, npz, orbax (default: %(default)s)"
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")

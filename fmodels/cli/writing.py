@@ -12,72 +12,28 @@ from fmodels.cli.common import new_folder, print_json, resolve, save_with_others
 
 def run_convert(args: argparse.Namespace) -> int:
     """Another format or dtype, and every tensor compared in the files."""
-    import numpy as np
-
-    from fmodels.bytewise import canonical_names, count_not_finite, same_bytes
-    from fmodels.checkpoint import load
+    from fmodels.conversion import convert
     from fmodels.text import size
-    from fmodels.weights import read_file, read_folder
 
-    source = resolve(args)
-    dtype = None if args.dtype is None else _dtype(args.dtype)
-    with new_folder(source, args.dest) as stage:
-        params, config = load(source, task=args.task, dtype=dtype, layers="list")
-        copied = save_with_others(params, config, source, stage, args)
-        # By what is in the two folders now, not by what was in memory.
-        old, _ = read_folder(source) if source.is_dir() else read_file(source)
-        new, _ = read_folder(stage)
-        names = canonical_names(list(old), config)
-        equal, cast, left, problems = 0, 0, [], []
-        for name, tensor in old.items():
-            kind, canonical = names[name]
-            if kind != "tensor":
-                left.append(f"{name} ({'repeats ' + canonical if kind == 'repeat' else kind})")
-                continue
-            array, written = tensor.array(), new[canonical].array()
-            if same_bytes(array, written):
-                equal += 1
-                continue
-            with np.errstate(over="ignore"):
-                same = dtype is not None and same_bytes(array.astype(dtype), written)
-            if not same:
-                problems.append(f"{name!r} was not written as it is")
-            elif count_not_finite(written) != count_not_finite(array):
-                problems.append(f"{name!r} has values that {dtype} cannot hold; use bfloat16, or keep the dtype")
-            cast += same
-        if problems:
-            raise ValueError("convert: nothing was written: " + "; ".join(problems[:20]))
-        total = sum(tensor.nbytes for tensor in new.values())
-    result = {
-        "source": str(source), "dest": str(args.dest), "format": args.to, "tensors": len(new), "bytes": total,
-        "equal_bytes": equal, "equal_to_cast": cast, "left_out": left, "copied": copied,
-    }  # fmt: skip
+    done = convert(
+        resolve(args), args.dest, format=args.to, from_format=args.from_format, dtype=args.dtype, task=args.task,
+        max_shard_size=args.max_shard_size, variant=args.variant, verify=args.verify,
+    )  # fmt: skip
     if args.json:
-        print_json(result)
+        print_json(done._asdict())
         return 0
-    print(f"{args.dest}: {len(new)} tensors, {size(total)}, {args.to}")
-    print(
-        f"read again from both folders: {equal} equal to the byte"
-        + (f", {cast} equal to the cast to {dtype}" if dtype is not None else "")
-    )
-    if left:
-        print(f"left out: {', '.join(left)}")
-    if copied:
-        print(f"copied: {', '.join(copied)}")
+    print(f"{args.dest}: {done.tensors} tensors, {size(done.bytes)}, {done.format}")
+    if done.resumed:
+        print(f"resumed: {done.resumed} files of weights were there already")
+    if done.cast:
+        print(f"cast to {args.dtype}: {done.cast} tensors")
+    if done.sha256 is not None:
+        print(f"read again, every tensor as it was: sha256 {done.sha256}")
+    if done.left_out:
+        print(f"left out: {', '.join(done.left_out)}")
+    if done.copied:
+        print(f"copied: {', '.join(done.copied)}")
     return 0
-
-
-def _dtype(name: str) -> Any:
-    import jax.numpy as jnp
-    import numpy as np
-
-    try:
-        dtype = np.dtype(name)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"--dtype {name!r} is not a floating dtype; use one such as bfloat16, float16, float32")
-    return dtype
 
 
 def run_resize(args: argparse.Namespace) -> int:
@@ -204,17 +160,17 @@ def _read_text(args: argparse.Namespace, source: Path, config: Any) -> tuple[lis
 
 def run_push(args: argparse.Namespace) -> int:
     """One commit on the Hub, after a look whether the folder can be loaded."""
-    from fmodels import hub, layout
-    from fmodels.checkpoint import open_checkpoint
+    from fmodels.checkpoint import push_folder
+    from fmodels.verify import verify
 
     if not args.folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(args.folder)!r} is none; save the checkpoint first")
-    opened = open_checkpoint(args.folder)  # what cannot be loaded again is not worth a push
-    layout.plan({name: tensor.shape for name, tensor in opened.tensors.items()}, opened.config, what="push")
-    url = hub.push(
+    certificate = verify(args.folder) if args.certify else None
+    if certificate is not None and not certificate.ok:
+        raise ValueError("push: the certificate failed, nothing was pushed: " + "; ".join(certificate.failures[:20]))
+    url = push_folder(
         args.folder, args.repo_id, token=args.token, private=args.private, revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.message,
+        create_pr=args.create_pr, commit_message=args.message, variant=args.variant, certificate=certificate,
     )  # fmt: skip
     print_json({"url": url}) if args.json else print(url)
     return 0

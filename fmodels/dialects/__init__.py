@@ -51,6 +51,11 @@ def metadata_of(config: Config, name: str) -> dict[str, Any]:
     return {"format": name, **(module.metadata(config) if hasattr(module, "metadata") else {})}
 
 
+def has_own_metadata(source: str, target: str) -> bool:
+    """Whether what a file of one dialect says beside its tensors goes into a file of the other."""
+    return source == target and hasattr(_module(source), "metadata")
+
+
 def _module(name: str) -> Any:
     if name not in DIALECTS:
         raise ValueError(

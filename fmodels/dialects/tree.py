@@ -62,6 +62,11 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
                 members.setdefault(path, []).append((leaf, name, place))
 
     def fill(path: str, parts: list[tuple[str, str, Place]]) -> np.ndarray:
+        dtypes = {tensors[name].dtype for _, name, _ in parts}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"write: the layers of {path!r} have the types {sorted(map(str, dtypes))}; cast them to one"
+            )
         out = np.empty(schema.shape(path, config), tensors[parts[0][1]].dtype)
         for leaf, name, place in parts:
             whole = rules.from_disk(place.rule, tensors[name].array(), place.sizes(config))

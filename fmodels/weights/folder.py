@@ -19,6 +19,7 @@ from typing import Any
 from fmodels.weights.formats import (
     FORMATS,
     OTHERS,
+    Format,
     Metadata,
     Tensors,
     candidates,
@@ -166,41 +167,95 @@ def write_folder(
         model.safetensors.index.json
     """
     check_format(format, verb="write")
-    kind = FORMATS[format]
-    if not kind.writable:
-        known = ", ".join(name for name, other in FORMATS.items() if other.writable)
-        raise ValueError(f"write: format {format!r} cannot be written; use one of {known}")
-    metadata = {"format": kind.dialect} if metadata is None else metadata
-    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
-        raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
-    files = dict(files or {})
-    if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
-        raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
-    limit = parse_size(max_shard_size)
-    shards = split(tensors, limit) if kind.sharded else [dict(tensors)]
-    names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
-    if len(shards) == 1:
-        names = [kind.single(variant)]
-    else:
-        files |= {kind.index(variant): _index(shards, names)}
-    write = kind.write
+    named, files = _arrange(tensors, FORMATS[format], max_shard_size, variant, files or {})
 
     def fill(stage: Path) -> None:
         from tqdm import tqdm
 
         total = sum(tensor.nbytes for tensor in tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=None if progress else True) as bar:
-            for name, shard in zip(names, shards, strict=True):
-                write(stage / name, shard, metadata, advance=bar.update)
-        for name, content in files.items():
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(stage / name) as out:
-                out.write(content)
+            _fill(stage, FORMATS[format], named, files, metadata, bar.update)
 
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     # What makes the folder a new checkpoint comes last: the only file, or the index.
-    order = [*names, *files] if len(shards) > 1 else [*files, *names]
+    order = [*named, *files] if len(named) > 1 else [*files, *named]
     _commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
+
+
+def write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str,
+    max_shard_size: int | str,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    advance: Callable[[int], object],
+) -> int:
+    """Writes the files of `write_folder` into a folder that nobody reads yet, but for those of the weights that are there.
+
+    Args:
+        folder: where to.
+        tensors: by name.
+        format: a key of `FORMATS`.
+        max_shard_size: as in `write_folder`.
+        metadata: of the files.
+        files: more files by name.
+        advance: called with the number of bytes after each tensor.
+
+    Returns:
+        How many files of weights were there already, from a process that was killed: each is whole if it is there.
+    """
+    check_format(format, verb="write")
+    named, files = _arrange(tensors, FORMATS[format], max_shard_size, None, files)
+    return _fill(folder, FORMATS[format], named, files, metadata, advance)
+
+
+def _arrange(
+    tensors: Mapping[str, Tensor],
+    kind: Format,
+    max_shard_size: int | str,
+    variant: str | None,
+    files: Mapping[str, bytes],
+) -> tuple[dict[str, Tensors], dict[str, bytes]]:
+    """Name of each file of weights -> its tensors; and the other files, with the index if there is one."""
+    if not kind.writable:
+        known = ", ".join(name for name, other in FORMATS.items() if other.writable)
+        raise ValueError(f"write: a file such as {kind.single()!r} can only be read; use one of {known}")
+    if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
+        raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
+    if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
+        raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
+    limit = parse_size(max_shard_size)
+    shards = split(tensors, limit) if kind.sharded else [dict(tensors)]
+    if len(shards) == 1:
+        return {kind.single(variant): shards[0]}, dict(files)
+    names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
+    return dict(zip(names, shards, strict=True)), {**files, kind.index(variant): _index(shards, names)}
+
+
+def _fill(
+    stage: Path,
+    kind: Format,
+    named: Mapping[str, Tensors],
+    files: Mapping[str, bytes],
+    metadata: Mapping[str, Any] | None,
+    advance: Callable[[int], object],
+) -> int:
+    """Writes all of it; returns how many of the files of weights were there."""
+    metadata = {"format": kind.dialect} if metadata is None else metadata
+    there = 0
+    for name, shard in named.items():
+        if (stage / name).exists():
+            there += 1
+            advance(sum(tensor.nbytes for tensor in shard.values()))
+        else:
+            kind.write(stage / name, shard, metadata, advance=advance)
+    for name, content in files.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(stage / name) as out:
+            out.write(content)
+    return there
 
 
 def parse_size(size: int | str) -> int:
@@ -382,28 +437,28 @@ def _stage(place: Path, name: str) -> Iterator[Path]:
     while True:
         stage = place / (_prefix(name) + secrets.token_hex(4))
         stage.mkdir()
-        lock = _lock(stage)
+        held = lock(stage)
         if stage.exists():  # else somebody swept it before it was locked
             break
-        _unlock(lock)
+        unlock(held)
     try:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        _unlock(lock)
+        unlock(held)
 
 
 def _sweep(target: Path) -> None:
     """Removes what dead processes left."""
     for place in (target.parent, target):
         for path in place.glob(_prefix(target.name).replace("[", "[[]") + "*") if place.is_dir() else ():
-            lock = _lock(path)
-            if lock is not None:
+            held = lock(path)
+            if held is not None:
                 shutil.rmtree(path, ignore_errors=True)
-                _unlock(lock)
+                unlock(held)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Locks a folder; None if another process holds it, or where nobody can tell."""
     try:
         import fcntl
@@ -419,9 +474,10 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+def unlock(held: int | None) -> None:
+    """Gives back what `lock` gave."""
+    if held is not None:
+        os.close(held)
 
 
 def _sync(path: Path) -> None:

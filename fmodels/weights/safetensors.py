@@ -26,6 +26,7 @@ from fmodels.weights.tensors import (
     listing,
     parse_json,
     replacing,
+    send,
     shape_problem,
 )
 
@@ -160,7 +161,7 @@ def write(
     with replacing(path) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            out.write(_pack(tensors[name]))
+            send(out, tensors[name]) if DTYPES[CODES[tensors[name].dtype]][1] >= 8 else out.write(_pack(tensors[name]))
             if advance is not None:
                 advance(tensors[name].nbytes)
 
@@ -240,10 +241,9 @@ def _tensor(name: str, dtype: np.dtype, bits: int, shape: tuple[int, ...], file:
     return Tensor.lazy(name, dtype, shape, get)
 
 
-def _pack(tensor: Tensor) -> memoryview | bytes:
+def _pack(tensor: Tensor) -> bytes:
+    """Elements of 4 or 6 bits without the bits between them."""
     bits = DTYPES[CODES[tensor.dtype]][1]
-    if bits >= 8:
-        return as_bytes(tensor)
     stream = np.unpackbits(np.frombuffer(as_bytes(tensor), np.uint8)[:, None], axis=1, bitorder="little")
     return np.packbits(stream[:, :bits].reshape(-1), bitorder="little").tobytes()
 

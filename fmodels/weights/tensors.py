@@ -4,6 +4,7 @@ A reader returns `Tensor`s without touching their bytes; a writer asks each `Ten
 come. So `write(path, read(other))` streams, and a checkpoint larger than the memory can be converted.
 """
 
+import errno
 import json
 import math
 import mmap
@@ -38,6 +39,7 @@ class File:
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
+        self._memory: mmap.mmap | None = None
         if os.path.isdir(path):
             raise IsADirectoryError(f"read: expected a weights file, {str(path)!r} is a folder; use read_folder")
 
@@ -52,7 +54,13 @@ class File:
             memory = mmap.mmap(self.fd, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             memory = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_COPY)
+        self._memory = memory
         return np.frombuffer(memory, np.uint8)
+
+    def release(self) -> None:
+        """Gives the memory of mapped pages back; they are read again if asked for, without what was written to them."""
+        if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED)
 
     def read(self, offset: int, count: int) -> bytes:
         """The `count` bytes at `offset`, fewer at the end of the file."""
@@ -175,6 +183,26 @@ class Tensor:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The elements of `tensor` in row-major order, as they are written to a file."""
     return np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8).data
+
+
+def send(out: BinaryIO, tensor: Tensor) -> None:
+    """Writes the elements of `tensor` in row-major order, by the kernel alone if they lie so in a file."""
+    if tensor.file is None or not hasattr(os, "sendfile") or not hasattr(out, "fileno"):
+        out.write(as_bytes(tensor))
+        return
+    out.flush()
+    done = 0
+    while done < tensor.nbytes:
+        try:
+            count = os.sendfile(out.fileno(), tensor.file.fd, tensor.offset + done, tensor.nbytes - done)
+        except OSError as error:
+            if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+                raise
+            out.write(as_bytes(tensor))  # a system that sends to sockets only
+            return
+        if count == 0:
+            raise OSError(f"write: {str(tensor.file.path)!r} was cut while it was read; copy or download it again")
+        done += count
 
 
 def shape_problem(shape: object, itemsize: int) -> str | None:

@@ -257,9 +257,12 @@ def test_save_pretrained_follows_its_arguments(library, tmp_path, monkeypatch):
     assert bits(fm.load(tmp_path / "other")[0]) == bits(other.params)
     calls = []
     monkeypatch.setattr(fm, "push_to_hub", lambda *args, **options: calls.append((args[2], options)) or "address")
-    model.save_pretrained(tmp_path / "tiny", push_to_hub=True, hub_options={"private": True})
-    assert model.push_to_hub("me/tiny", create_pr=True) == "address"
-    assert calls == [("tiny", {"private": True}), ("me/tiny", {"create_pr": True})]
+    model.save_pretrained(tmp_path / "tiny", push_to_hub=True, hub_options={"private": True}, max_shard_size="1MB")
+    assert model.push_to_hub("me/tiny", create_pr=True, safe_serialization=False) == "address"
+    assert calls == [
+        ("tiny", {"private": True, "max_shard_size": "1MB"}),
+        ("me/tiny", {"create_pr": True, "format": "torch"}),
+    ]
     for error, options in (
         (TypeError, {"save_function": print}),
         (ValueError, {"save_original_format": False}),

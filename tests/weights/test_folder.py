@@ -258,11 +258,11 @@ def test_what_dead_processes_left_is_swept(tmp_path):
     dead, inside, alive = tmp_path / ".m.saving-dead", path / ".m.saving-dead", tmp_path / ".m.saving-alive"
     for stage in (dead, inside, alive):
         (stage / "sub").mkdir(parents=True)
-    lock = module._lock(alive)
+    lock = module.lock(alive)
     write_folder(path, make(2))
     assert sorted(os.listdir(tmp_path)) == [".m.saving-alive", "m"]
     assert os.listdir(path) == ["model.safetensors"]
-    module._unlock(lock)
+    module.unlock(lock)
 
 
 CALLS = ["open", "fsync", "replace", "rename", "link", "mkdir", "symlink", "close", "listdir", "scandir", "chown"]

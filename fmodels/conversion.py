@@ -1,0 +1,311 @@
+"""From any format to any other, a shard at a time: nothing is decoded that need not be, and all of it is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from fmodels import checkpoint, dialects
+from fmodels.bytewise import canonical_names, count_not_finite
+from fmodels.dialects import tree as tree_dialect
+from fmodels.layout import Plan
+from fmodels.models import Config
+from fmodels.weights import FORMATS, Tensor
+from fmodels.weights.folder import lock, unlock, write_files
+from fmodels.weights.formats import check_format
+
+JOB = "conversion.json"
+WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|ot|tflite|npz)(\.index(\.\w+)?\.json)?"
+    r"|tf_model.*|flax_model.*|.*\.ckpt\.(index|meta|data-.*)"
+)
+"""Names of files of weights, of any format: a conversion copies the others."""
+WRITTEN = ("config.json", "generation_config.json")
+"""What `save` writes itself."""
+
+
+class Conversion(NamedTuple):
+    """What `convert` did.
+
+    Attributes:
+        source: the folder or file.
+        folder: where the checkpoint is now.
+        format: of the new files.
+        tensors: how many it has.
+        bytes: of them.
+        sha256: of all tensors under PyTorch's names, as in a certificate; the same for both sides if there was no cast.
+            None if it was not asked for.
+        cast: how many were cast to another dtype.
+        left_out: tensors of the source that the new files do not have, with the reason.
+        copied: other files.
+        resumed: how many files of weights were there already, from a run that was killed.
+    """
+
+    source: str
+    folder: str
+    format: str
+    tensors: int
+    bytes: int
+    sha256: str | None
+    cast: int
+    left_out: tuple[str, ...]
+    copied: tuple[str, ...]
+    resumed: int
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",
+    from_format: str | None = None,
+    dtype: Any = None,
+    task: str | None = None,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    verify: bool = True,
+    **hub_options: Any,
+) -> Conversion:
+    """Writes a checkpoint in another format or dtype, tensor by tensor, with the files beside it.
+
+    Never more than one tensor is in memory (one leaf of the tree for the formats that hold our tree). A run that is
+    killed goes on where it was when the same conversion is started again. The new folder appears when all is written
+    and checked.
+
+    Args:
+        source: a folder, a file of weights, or a Hub id.
+        folder: where to: a new or empty folder.
+        format: a key of `fm.FORMATS`.
+        from_format: which of several formats in the source.
+        dtype: floating tensors are cast to it; None keeps what they are.
+        task: keep the head of this task only.
+        max_shard_size: bytes, or text such as `"5GB"`.
+        variant: of the source, as in `load`.
+        verify: read the new files again and compare the SHA-256 of every tensor with the source's.
+        hub_options: `revision`, `token`, … as in `load`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: the source cannot be read, does not fit its config, or does not come back as it was; nothing is left.
+        FileExistsError: the folder has something in it already.
+        OSError: the source is not there, or the folder cannot be written.
+
+    Example:
+        >>> import fmodels as fm, tempfile
+        >>> done = fm.convert(fm.assets.TINY_LLAMA, tempfile.mkdtemp() + "/torch", format="torch")
+        >>> done.tensors, done.cast, done.left_out
+        (38, 0, ())
+    """
+    check_format(format, verb="convert")
+    dtype = None if dtype is None else check_dtype(dtype)
+    opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
+    config, planned = checkpoint.plan(opened)
+    tensors, left_out = _renamed(opened.tensors, planned, config)
+    wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+    kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
+    written, metadata, files = checkpoint.as_written(wanted, config, _dtype_name(wanted), format, kept)
+    release = {t.file for t in opened.raw.values() if t.file is not None}
+
+    def advance(count: int) -> None:
+        bar.update(count)
+        for file in release:
+            file.release()
+
+    key = {
+        "source": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted({f.path for f in release})],
+        "to": [format, str(dtype), str(max_shard_size), config.task], "tensors": len(written),
+    }  # fmt: skip
+    with _stage(opened.path, Path(folder), key) as stage:
+        with tqdm(total=_total(written), desc="convert", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            resumed = write_files(
+                stage, written, format=format, max_shard_size=max_shard_size, metadata=metadata, files=files,
+                advance=advance,
+            )  # fmt: skip
+        own = opened.path if opened.path.is_dir() else None
+        copied = () if own is None else tuple(copy_others(own, stage))
+        digest = _verify(wanted, tensors, stage, release) if verify else None
+    cast = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
+    return Conversion(
+        str(source), str(folder), format, len(written), _total(written), digest, cast, left_out, copied, resumed
+    )
+
+
+def check_dtype(dtype: Any) -> np.dtype:
+    """The dtype, or a ValueError if it is no floating one."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"convert: {dtype!r} is not a floating dtype; use one such as bfloat16, float16, float32")
+    return found
+
+
+def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by the names that `save` writes, in its order; and the names that are left out, with the reason."""
+    names = canonical_names(list(tensors), config)
+    found = {names[name].canonical: tensors[name] for name in planned.tensors}
+    leaves = tree_dialect.write(found, config)
+    made, _ = tree_dialect.from_leaves(leaves, config, lambda path: leaves[path].array())
+    repeats = {name: canonical for name, (kind, canonical) in names.items() if kind == "repeat"}
+    left = tuple(
+        f"{name} ({f'repeats {repeats[name]}' if name in repeats else names[name].kind})"
+        for name in tensors
+        if name not in planned.tensors
+    )
+    return {name: found.get(name, tensor) for name, tensor in made.items()}, left
+
+
+def _cast(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
+    if dtype is None or tensor.dtype == dtype or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return tensor
+
+    def get() -> np.ndarray:
+        with np.errstate(over="ignore"):  # it is counted when the file is checked
+            array, cast = tensor.array(), tensor.array().astype(dtype)
+        if count_not_finite(cast) != count_not_finite(array):
+            raise ValueError(
+                f"convert: {tensor.name!r} has values that {dtype} cannot hold; use bfloat16, or keep the dtype"
+            )
+        return cast
+
+    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
+
+
+def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype of most of the floating elements."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.size
+    return max(sizes, key=lambda name: sizes[name], default="float32")
+
+
+def _total(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _verify(wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], stage: Path, release: set[Any]) -> str:
+    """Compares the hashes of what should have been written with those of the new files; returns one of them all."""
+    opened = checkpoint.open_checkpoint(stage)
+    names = canonical_names(list(opened.tensors), opened.config)
+    new = {names[name].canonical: tensor for name, tensor in opened.tensors.items()}
+    release = release | {t.file for t in opened.raw.values() if t.file is not None}
+    problems = [f"{name!r} is not there" for name in wanted if name not in new]
+    whole = hashlib.sha256()
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=_total(wanted), desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        for name in sorted(wanted.keys() & new.keys()):
+            one, other = pool.map(_digest, (wanted[name], new[name]))
+            if one != other:
+                problems.append(f"{name!r} was not written as it is")
+            whole.update(f"{name} {other}\n".encode())
+            bar.update(wanted[name].nbytes)
+            for file in release:
+                file.release()
+    if problems:
+        raise ValueError("convert: nothing was written: " + "; ".join(problems[:20]))
+    return whole.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor], config: Config) -> str:
+    """The hash of a `Conversion`, of tensors by PyTorch's names."""
+    names = canonical_names(list(tensors), config)
+    ordered = {names[name].canonical: tensor for name, tensor in tensors.items()}
+    whole = hashlib.sha256()
+    for name in sorted(ordered):
+        whole.update(f"{name} {_digest(ordered[name])}\n".encode())
+    return whole.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of the dtype, the shape, and the bytes in row-major order."""
+    array = np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape} ".encode())
+    digest.update(array.data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _stage(source: Path, dest: Path, key: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder that becomes `dest` if the block ends well; kept if the process is killed, for the same conversion again.
+
+    Raises:
+        ValueError: `dest` is the source, lies in it, or holds it.
+        FileExistsError: `dest` has something in it already, or another process converts to it.
+    """
+    target = check_dest(source, dest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.parent / f".{target.name}.converting"
+    stage.mkdir(exist_ok=True)
+    held = lock(stage)
+    if held is None and os.name != "nt":
+        raise FileExistsError(f"convert: another process is writing {str(dest)!r}; wait for it")
+    try:
+        job = stage / JOB
+        text = json.dumps(key)
+        if not job.exists() or job.read_text() != text:
+            for path in stage.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            job.write_text(text)
+        try:
+            yield stage
+        except Exception:  # but not when it is interrupted
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        job.unlink()
+        os.replace(stage, target)
+    finally:
+        unlock(held)
+
+
+def check_dest(source: Path, dest: Path) -> Path:
+    """The new folder of a command, which must be apart from the source's, and empty if it is there."""
+    folder = (source if source.is_dir() else source.parent).resolve()
+    target = dest.expanduser().resolve()
+    if target == folder or folder in target.parents or target in folder.parents:
+        raise ValueError(
+            f"DEST {str(dest)!r} and SOURCE {str(source)!r} must be different folders, neither inside of the other"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"DEST {str(dest)!r} exists and is not an empty folder; give another, or remove it first")
+    return target
+
+
+def copy_others(source: Path, target: Path) -> list[str]:
+    """Copies tokenizers, model cards and the like: all files but weights, hidden files, and what `save` writes itself.
+
+    Weights of further modules of a sentence-transformers folder belong to it and are copied.
+    """
+    modules: set[str] = set()
+    if (source / "modules.json").is_file():
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        modules = {str(module.get("path")) for module in listed if module.get("path")}
+    folders = {kind.single() for kind in FORMATS.values() if kind.directory}
+    copied = []
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if any(part.startswith(".") for part in name.parts) or not path.is_file() or name.parts[0] in folders:
+            continue
+        if name.as_posix() in WRITTEN or (WEIGHTS.fullmatch(path.name) and name.parts[0] not in modules):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
+        copied.append(name.as_posix())
+    return copied

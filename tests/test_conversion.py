@@ -1,0 +1,190 @@
+"""Conversion: every format into every other and back, inside a gigabyte, over a kill, and with what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fmodels as fm
+from fmodels.weights import read_file, read_folder
+
+WRITABLE = [name for name, kind in fm.FORMATS.items() if kind.writable]
+CASES = ("llama/causal-lm", "gpt2/causal-lm", "bert/masked-lm", "t5/seq2seq-lm")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_format_into_every_other(case, tmp_path, name):
+    """Bytes are equal when they come back, through any two formats."""
+    folder = tmp_path / "safetensors"
+    first = fm.convert(case(name).folder, folder)
+    for one in WRITABLE:
+        if one != "safetensors":
+            assert fm.convert(folder, tmp_path / one, format=one).sha256 == first.sha256
+    for one in WRITABLE:
+        for other in WRITABLE:
+            if one != other and "safetensors" not in (one, other):
+                made = fm.convert(tmp_path / one, tmp_path / f"{one}-{other}", format=other, verify=False)
+                back = fm.convert(made.folder, tmp_path / f"{one}-{other}-back")
+                assert back.sha256 == first.sha256
+                assert (Path(back.folder) / "model.safetensors").read_bytes() == (
+                    folder / "model.safetensors"
+                ).read_bytes()
+
+
+def test_bfloat16_and_cast(case, tmp_path):
+    source = case("llama/causal-lm").folder
+    half = fm.convert(source, tmp_path / "half", dtype="bfloat16", format="npz")
+    assert half.cast == half.tensors
+    with np.load(tmp_path / "half" / "model.npz") as theirs, np.errstate(all="ignore"):
+        want = read_folder(source)[0]
+        for name, tensor in want.items():
+            got = theirs[name].view(ml_dtypes.bfloat16)
+            assert np.array_equal(got.view(np.uint16), tensor.array().astype(ml_dtypes.bfloat16).view(np.uint16))
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_several_formats_are_there(case, tmp_path):
+    loaded = case("gpt2/causal-lm")
+    for format in ("npz", "torch"):
+        fm.save(loaded.params, loaded.config, tmp_path, format=format)
+    other = fm.cast(loaded.params, "float16")
+    fm.save(other, loaded.config, tmp_path / "other", format="npz")
+    (tmp_path / "other" / "model.npz").replace(tmp_path / "model.npz")
+    assert fm.load(tmp_path)[0]["embed"]["tokens"].dtype == "float32"  # pytorch_model.bin is looked for first
+    assert fm.load(tmp_path, format="npz")[0]["embed"]["tokens"].dtype == "float16"
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
+        fm.load(tmp_path, format="safetensors")
+    with pytest.raises(ValueError, match="format 'h5' is not known; use one of safetensors, torch"):
+        fm.load(tmp_path, format="h5")
+    with pytest.raises(ValueError, match="is a file of format 'npz', not 'torch'"):
+        read_file(tmp_path / "model.npz", "torch")
+
+
+def test_orbax_that_others_wrote(case, tmp_path):
+    """A tree that StandardCheckpointer saved, beside config.json; and ours, restored by orbax."""
+    import orbax.checkpoint as ocp
+
+    loaded = case("llama/causal-lm")
+    for layers in (loaded.params, fm.unstack_layers(loaded.params)):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / str(type(layers["layers"]).__name__) / "params", layers)
+    for kind in ("dict", "tuple"):
+        (tmp_path / kind / "config.json").write_bytes((loaded.folder / "config.json").read_bytes())
+        params, config = fm.load(tmp_path / kind)
+        assert config == loaded.config
+        assert all(np.array_equal(fm.tree.flatten(params)[k], v) for k, v in fm.tree.flatten(loaded.params).items())
+    fm.save(loaded.params, loaded.config, tmp_path / "ours", format="orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        theirs = checkpointer.restore(tmp_path / "ours" / "params", loaded.params)
+    assert all(np.array_equal(fm.tree.flatten(theirs)[k], v) for k, v in fm.tree.flatten(loaded.params).items())
+
+
+KILLED = """
+import sys, fmodels as fm
+from fmodels.weights import safetensors
+write = safetensors.write
+count = 0
+def slow(path, *args, **given):
+    global count
+    count += 1
+    if count == 3:
+        print("now", flush=True)
+        import time; time.sleep(60)
+    write(path, *args, **given)
+safetensors.write = slow
+fm.convert(sys.argv[1], sys.argv[2], max_shard_size="20kB")
+"""
+
+
+def test_goes_on_after_a_kill(case, tmp_path):
+    source = case("llama/causal-lm").folder
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, source, tmp_path / "new"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "new").exists()
+    done = fm.convert(source, tmp_path / "new", max_shard_size="20kB")
+    assert done.resumed == 2
+    assert done.sha256 == fm.convert(source, tmp_path / "whole").sha256
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_conversion_starts_anew(case, tmp_path):
+    """Files that a killed run left are used for the same conversion only."""
+    source = case("llama/causal-lm").folder
+    stage = tmp_path / ".new.converting"
+    stage.mkdir()
+    (stage / "conversion.json").write_text("{}")
+    (stage / "model.safetensors").write_bytes(b"of another")
+    assert fm.convert(source, tmp_path / "new").resumed == 0
+
+
+def test_a_file_that_comes_out_wrong_is_not_left(case, tmp_path, monkeypatch):
+    from fmodels.weights import safetensors
+
+    write = safetensors.write
+
+    def wrong(path, tensors, *args, **given):
+        write(path, tensors, *args, **given)
+        content = bytearray(Path(path).read_bytes())
+        content[-1] ^= 1
+        Path(path).write_bytes(content)
+
+    monkeypatch.setattr(safetensors, "write", wrong)
+    with pytest.raises(ValueError, match=r"nothing was written: '.*' was not written as it is"):
+        fm.convert(case("llama/causal-lm").folder, tmp_path / "new")
+    assert not os.listdir(tmp_path)
+
+
+def write_sparse(path, shapes):
+    """A safetensors file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, leaf in shapes.items():
+        size = 4 * math.prod(leaf.shape)
+        header[name] = {"dtype": "F32", "shape": list(leaf.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+LARGE = """
+import resource, sys, fmodels as fm
+fm.convert(fm.assets.TINY_LLAMA, sys.argv[2] + "-warm", format=sys.argv[3])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fm.convert(sys.argv[1], sys.argv[2], format=sys.argv[3])
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["safetensors", "torch", "npz"])
+def test_three_gigabytes_inside_of_one(tmp_path, format):
+    """A checkpoint of 3 GB is converted, and read again, inside of 1 GB, libraries included."""
+    config = fm.models.llama.Config(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_layers=16, num_heads=16, num_kv_heads=16,
+        head_dim=128, task="causal-lm", tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    write_sparse(
+        folder / "model.safetensors", jax.eval_shape(lambda params: fm.to_disk(params, config), fm.abstract(config))
+    )
+    assert (folder / "model.safetensors").stat().st_size > 3e9
+    command = [sys.executable, "-c", LARGE, folder, tmp_path / "new", format]
+    before, after = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert after < 1e6, (before, after)  # KiB
