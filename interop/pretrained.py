@@ -169,21 +169,11 @@ class Pretrained(Adapters):
             raise ValueError(
                 "save_pretrained: files have the names that transformers writes; leave save_original_format"
             )
-<<<<<<< HEAD
-        if safe_serialization is not None:
-            name = "safetensors" if safe_serialization else "torch"
-            if options.setdefault("format", name) != name:
-                raise ValueError(
-                    f"save_pretrained: safe_serialization={safe_serialization} is format={name!r}, which contradicts "
-                    f"format={options['format']!r}; pass one of them"
-                )
+        options = _with_format("save_pretrained", safe_serialization, options)
         if self._specs and (state_dict is not None or push_to_hub):
             raise ValueError(
                 "save_pretrained: an adapter is saved as it is, to a folder; leave state_dict and push_to_hub"
             )
-=======
-        options = _with_format("save_pretrained", safe_serialization, options)
->>>>>>> 7cea9d8139dda5d1ae1b5c1f4c0389cea7342c5b
         if not is_main_process:
             return
         if self._specs:
@@ -468,8 +458,6 @@ class Pretrained(Adapters):
             normalize_logits=normalize_logits,
         )
         return self._tensor(np.array(found), self._floats)
-<<<<<<< HEAD
-=======
 
 
 def _with_format(what: str, safe_serialization: bool | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -483,4 +471,3 @@ def _with_format(what: str, safe_serialization: bool | None, options: dict[str, 
             f"format={options['format']!r}; pass one of them"
         )
     return {**options, "format": name}
->>>>>>> 7cea9d8139dda5d1ae1b5c1f4c0389cea7342c5b
