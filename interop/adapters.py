@@ -219,4 +219,4 @@ def _spec(what: str, config: Any) -> fm.AdapterConfig:
         raise TypeError(
             f"{what}: expected an fm.AdapterConfig, PEFT's LoraConfig or a dict, got {type(config).__name__}"
         )
-    return fm.AdapterConfig.from_peft(config)
+    return fm.AdapterConfig.from_peft({"peft_type": "LORA", **config})
