@@ -172,7 +172,7 @@ class Adapters:
                 f"save_pretrained: {len(self._active)} adapters are active; set_adapter the one that is saved"
             )
         name = self._active_one("save_pretrained")
-        arrays = self._arrays_of_adapter(own(self._adapter_tensors(), name))
+        arrays: dict[str, Any] = self._arrays_of_adapter(own(self._adapter_tensors(), name))
         fm.save_adapter(fm.Adapter(arrays, self._specs[name]), folder, **options)
 
     def _using(self) -> Active:
