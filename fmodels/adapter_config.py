@@ -6,18 +6,19 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 IRRELEVANT = frozenset(
     """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout megatron_core
-    qalora_group_size runtime_config eva_config""".split()
+    qalora_group_size runtime_config eva_config merge_weights""".split()
 )
 """Keys that change no number that a trained adapter computes; they are kept and written back."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "lora_bias": (False,),
+    "enable_lora": (None,),
     "megatron_config": (None,),
     "loftq_config": (None, {}),
     "corda_config": (None, {}),
@@ -92,12 +93,13 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # lists and dicts of users become what can be hashed
             object.__setattr__(self, field.name, _freeze(getattr(self, field.name)))
-        problems = [
-            f"r={r!r} is not a positive integer" for r in (self.r, *(r for _, r in self.rank_pattern)) if not _rank(r)
-        ]
+        kinds = [(f.name, getattr(self, f.name), KINDS[f.name]) for f in dataclasses.fields(self) if f.name in KINDS]
+        problems = [f"{name}={value!r} is not {what}" for name, value, (what, check) in kinds if not check(value)]
+        if problems:
+            raise ValueError(f"AdapterConfig: {'; '.join(problems)}")
         if self.bias not in ("none", "all", "lora_only"):
             problems.append(f"bias={self.bias!r} is not one of 'none', 'all', 'lora_only'")
-        if self.init_lora_weights not in BEGINNINGS:
+        if not isinstance(self.init_lora_weights, bool | str) or self.init_lora_weights not in BEGINNINGS:
             problems.append(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported, only {', '.join(map(repr, BEGINNINGS))}; with "
                 "others PEFT changes the base model (path_initial_model_for_weight_conversion gives an adapter of the old one)"
@@ -137,11 +139,10 @@ class AdapterConfig:
                 f"load_adapter: adapter_config.json has {len(problems)} entries that would change the numbers or that are not "
                 "understood:\n  " + "\n  ".join(problems)
             )
-        fields = {key: value for key, value in data.items() if key in names and not (value is None and key in DEFAULTS)}
-        try:
-            return cls(**fields, data=tuple((key, json.dumps(value)) for key, value in data.items()))
-        except TypeError as error:
-            raise ValueError(f"load_adapter: adapter_config.json has a value of a wrong type: {error}") from None
+        fields: dict[str, Any] = {
+            key: value for key, value in data.items() if key in names and not (value is None and key in DEFAULTS)
+        }
+        return cls(**fields, data=tuple((key, json.dumps(value)) for key, value in data.items()))
 
     def to_peft(self) -> dict[str, Any]:
         """The adapter_config.json that `from_peft` reads back to an equal config."""
@@ -223,6 +224,58 @@ class AdapterConfig:
         return {m: tuple(numbers) for name, numbers in indices for m in modules if m == name or m.endswith(f".{name}")}
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(check, value))
+
+
+def _pair(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and len(value) == 2 and _is_text(value[0]) and check(value[1])
+
+
+def _any(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or any(check(value) for check in checks)
+
+
+TEXTS = ("a text, a list of texts or null", _any(_is_text, _all(_is_text)))
+FLAG = ("true or false", lambda value: isinstance(value, bool))
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a positive integer", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "target_modules": TEXTS,
+    "exclude_modules": TEXTS,
+    "target_parameters": ("a list of texts or null", _any(_all(_is_text))),
+    "rank_pattern": ("a mapping to positive integers", _all(_pair(_is_rank))),
+    "alpha_pattern": ("a mapping to numbers", _all(_pair(_is_number))),
+    "layers_to_transform": ("an integer, a list of integers or null", _any(_is_count, _all(_is_count))),
+    "layers_pattern": TEXTS,
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "fan_in_fan_out": FLAG,
+    "modules_to_save": ("a list of texts or null", _any(_all(_is_text))),
+    "trainable_token_indices": (
+        "a list of integers, a mapping to such lists or null",
+        _any(_all(_is_count), _all(_pair(_all(_is_count)))),
+    ),
+    "ensure_weight_tying": FLAG,
+}
+"""Field -> what its value is, in words and as a check."""
+
 DEFAULTS = frozenset(field.name for field in dataclasses.fields(AdapterConfig) if field.default is not None)
 """Fields in which null stands for the default."""
 
@@ -243,10 +296,6 @@ def _by_pattern(patterns: tuple[tuple[str, Any], ...], name: str, default: Any) 
 
 def _several(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else value
-
-
-def _rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _freeze(value: Any) -> Any:

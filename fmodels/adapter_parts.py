@@ -17,6 +17,10 @@ TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
 ROWS = ".token_adapter"
 """What comes between the name of a table and those of the rows that belong to the adapter."""
 
+OWN_TABLES = ("embed_positions", "rel_embeddings")
+"""Ends of the names of tables that transformers reads in ways of its own, which PEFT's adapters of tables do not know: from
+position 2 on (OPT, BART), as a whole (DeBERTa)."""
+
 
 class Role(NamedTuple):
     """What a tensor of an adapter is.
@@ -63,17 +67,17 @@ def model(config: Config) -> Model:
         module, _, kind = name.rpartition(".")
         modules.setdefault(module, "other")
         if kind == "weight":
-            modules[module] = _kind(schema.stacked_path(path), name, weights)
+            modules[module] = _kind(schema.stacked_path(path), module, weights)
             embedding = embedding or (module if path == "embed.tokens" else "")
     return Model(places, tied, modules, embedding)
 
 
-def _kind(path: str, name: str, weights: Weights) -> str:
-    if name in weights.tied or path == "lm_head.weight":
+def _kind(path: str, module: str, weights: Weights) -> str:
+    if f"{module}.weight" in weights.tied or path == "lm_head.weight":
         return "head"
     line = schema.line(path)
     if line in schema.TABLES:
-        return "table"
+        return "other" if module.endswith(OWN_TABLES) else "table"
     matrix = line.endswith(".weight") and "y" not in schema.axes(line) and "x" not in schema.axes(line)
     return "linear" if matrix else "other"
 
@@ -91,7 +95,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
     for module in targets:
         name, kind = f"{module}.weight", names.modules[module]
         if kind == "other":
-            problems.append(f"{module!r} is neither a matrix nor a table of embeddings")
+            problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
         elif kind == "table" and adapter.use_dora:
             problems.append(f"use_dora for {module!r}, a table of embeddings, is not supported")
         elif tied := _tied(names, name):
@@ -114,7 +118,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
                 problems.append(f"{module!r} is tied to {tied}, and in PEFT the adapter's own is not")
         elif kind == "bias" and (adapter.bias == "all" or (adapter.bias == "lora_only" and module in targets)):
             at = f"{module}.base_layer" if module in targets else module
-            found[f"{at}.bias"] = Role("whole", name, module)
+            found[f"{at}.bias"] = Role("whole", name, module, required=name not in names.tied)
         elif names.modules.get(module) in ("table", "head"):  # saved where the vocabulary was resized
             for at in ("", ".base_layer", f"{ROWS}.base_layer"):
                 found.setdefault(f"{module}{at}.{kind}", Role("base", name, module, required=False))

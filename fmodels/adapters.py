@@ -13,18 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fmodels import hub, tree
 from fmodels.adapter_config import ALL_LINEAR, AdapterConfig
 from fmodels.adapter_parts import LINEAR, PREFIX, TABLE, Role, model, roles
-from fmodels.arrays import LowRank
+from fmodels.arrays import LowRank, plain
 from fmodels.models import Config
 from fmodels.transforms import _leaves
 from fmodels.transforms.adapters import Factors, low_rank
 from fmodels.types import Array, Key, Params
 from fmodels.weights import Tensor, read_file, rules, safetensors, torch_bin
+from fmodels.weights.folder import commit
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import listing, parse_json, replacing
+from fmodels.weights.tensors import listing, parse_json
 
 CONFIG = "adapter_config.json"
 FILES = {
@@ -54,7 +56,8 @@ class Adapter:
 
     def _is_trained(self, name: str) -> bool:
         module, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if any(f"{end}." in f"{name}." for end in (*LINEAR.values(), *TABLE.values())) or kind == "trainable_tokens_delta":
+        ends = (*LINEAR.values(), *TABLE.values(), f"{LINEAR['magnitude']}.weight", ".trainable_tokens_delta")
+        if name.endswith(ends):
             return True
         own = kind == "bias" and self.config.bias != "none" and ".original_module" not in module
         return own or (not module.endswith((".base_layer", ".original_module")) and bool(self.config.saved([module])))
@@ -88,12 +91,18 @@ def load_adapter(source: str | os.PathLike[str], **hub_options: Any) -> Adapter:
         raise FileNotFoundError(
             f"load_adapter: {str(folder)!r} has none of {', '.join(name for name, _ in FILES.values())}"
         )
-    tensors, _ = read_file(file)
-    return Adapter(jax.device_put({name: np.array(tensor.array()) for name, tensor in tensors.items()}), config)
+    arrays = {name: np.array(tensor.array()) for name, tensor in read_file(file)[0].items()}
+    tensors = jax.device_put(arrays)
+    if wide := [name for name, array in arrays.items() if tensors[name].dtype != array.dtype]:
+        raise ValueError(
+            f"load_adapter: {len(wide)} tensors have 64 bits ({wide[0]!r} is {arrays[wide[0]].dtype}), which jax would cut to "
+            '32; set jax.config.update("jax_enable_x64", True)'
+        )
+    return Adapter(tensors, config)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, format: str = "safetensors") -> None:
-    """Writes an adapter that PEFT reads; the inverse of `load_adapter`.
+    """Writes an adapter that PEFT reads, all or nothing; the inverse of `load_adapter`.
 
     Args:
         adapter: the adapter.
@@ -117,17 +126,16 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], *, format: st
     """
     if format not in FILES:
         raise ValueError(f"save_adapter: format {format!r} is not supported; one of {', '.join(FILES)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(adapter.tensors[name]) for name in sorted(adapter.tensors)}
     lazy = {n: Tensor.lazy(n, a.dtype, a.shape, lambda a=a: np.ascontiguousarray(a)) for n, a in arrays.items()}
     name, write = FILES[format]
-    write(folder / name, lazy, {"format": "pt"})
-    for other, _ in FILES.values():  # which would be read in its place
-        if other != name:
-            (folder / other).unlink(missing_ok=True)
-    with replacing(folder / CONFIG) as file:
-        file.write((json.dumps(adapter.config.to_peft(), indent=2, sort_keys=True) + "\n").encode())
+
+    def fill(stage: Path) -> None:
+        write(stage / name, lazy, {"format": "pt"})
+        text = json.dumps(adapter.config.to_peft(), indent=2, sort_keys=True) + "\n"
+        (stage / CONFIG).write_text(text, encoding="utf-8")
+
+    commit(Path(folder), fill, [name, CONFIG], lambda other: other in [file for file, _ in FILES.values()])
 
 
 def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, *, dtype: Any = "float32") -> Adapter:
@@ -154,7 +162,7 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
         >>> spec = fm.AdapterConfig(r=2, lora_alpha=4, target_modules=("q_proj", "v_proj"))
         >>> adapter = fm.init_adapter(params, config, spec, jax.random.key(0))
         >>> tokens = jax.numpy.array([[5, 6, 7, 8]])
-        >>> optimizer = optax.adam(1e-2)
+        >>> optimizer = optax.sgd(0.1)
         >>> def loss(adapter):
         ...     logits = fm.forward(fm.add_adapter(params, config, adapter), config, tokens).logits
         ...     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
@@ -170,13 +178,13 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
         raise ValueError(
             f"init_adapter: init_lora_weights={spec.init_lora_weights!r} is not supported, only True, False and 'gaussian'"
         )
-    found = {name: role for name, role in roles(config, spec).items() if role.required}
+    base = _Base(params, config)
+    found = {name: role for name, role in roles(config, spec).items() if role.required and base.has(role.name)}
     if not found:
         raise ValueError(
             f"init_adapter: nothing of {config.model_type} is named by target_modules={spec.target_modules!r}; expected names "
             f"such as {listing([n for n, kind in model(config).modules.items() if kind == 'linear'], 5)}, or {ALL_LINEAR!r}"
         )
-    base = _Base(params, config)
     drawn = [name for name, role in found.items() if role.part in ("a", "b")]
     keys = dict(zip(drawn, jax.random.split(key, max(len(drawn), 1)), strict=False))
     tensors: dict[str, Array] = {}
@@ -224,11 +232,16 @@ class _Base:
     def place(self, name: str) -> Place:
         return self.places[self.same.get(name, name)]
 
+    def has(self, name: str) -> bool:
+        """Whether the tree has it; optional tensors may be missing."""
+        place = self.place(name)
+        return not place.rule.optional or all(p in self.flat for p in place.leaves(stacked=self.stacked).values())
+
     def tensor(self, name: str) -> Any:
         """As it lies on disk."""
         place = self.place(name)
         where = place.leaves(stacked=self.stacked)
-        leaves = {path: place.part(self.flat[where[path]], stacked=self.stacked) for path in place.rule.leaves}
+        leaves = {path: place.part(plain(self.flat[where[path]]), stacked=self.stacked) for path in place.rule.leaves}
         return rules.to_disk(place.rule, leaves, jnp.concatenate)
 
     def matrix(self, name: str) -> Any:
@@ -300,9 +313,8 @@ def add_adapter(params: Params, config: Config, adapter: Adapter | Sequence[Adap
         depth = flat[path].shape[0] if base.stacked and "layers" in path.split(".") else None
         layers = [by_adapter.get(i, {}) for i in range(len(adapters))]
         dora = any(f.magnitude is not None for one in layers for f in one.values())
-        experts = any(
-            f.a.ndim + f.b.ndim - 2 > flat[path].ndim - (depth is not None) for one in layers for f in one.values()
-        )
+        axes = len(flat[path].shape) - (depth is not None)
+        experts = any(f.a.ndim + f.b.ndim - 2 > axes for one in layers for f in one.values())
         if (chosen is not None and experts) or (chosen is None and dora and len(by_adapter) > 1):
             how = "choose experts' adapters by row" if experts else "sum adapters with use_dora"
             raise ValueError(f"add_adapter: cannot {how} ({path!r}); add one at a time")
@@ -316,7 +328,7 @@ def _check_choice(choice: Any, count: int) -> Array:
         raise ValueError(
             f"add_adapter: choice has shape (b), integers, one for each row; got {chosen.dtype} {chosen.shape}"
         )
-    if not isinstance(chosen, jax.core.Tracer) and not bool(((chosen >= -1) & (chosen < count)).all()):
+    if not _is_traced(chosen) and not bool(((chosen >= -1) & (chosen < count)).all()):
         raise IndexError(f"add_adapter: choice has numbers from -1 to {count - 1}; got {np.asarray(chosen).tolist()}")
     return chosen.astype(jnp.int32)
 
@@ -378,10 +390,13 @@ def _whole(base: _Base, parts: _Parts, role: Role, name: str, tensor: Array, spe
             return []
     same = base.same.get(role.name, role.name)
     before = parts.wholes.setdefault(same, tensor)
-    traced = isinstance(tensor, jax.core.Tracer) or isinstance(before, jax.core.Tracer)
-    if before is not tensor and not _same(before, tensor) and not (traced and role.part == "base"):
+    if before is tensor or _same(before, tensor):
+        return []
+    if not _is_traced(before, tensor):
         return [f"{name!r} differs from that of {same!r}, to which it is tied"]
-    return []
+    return (
+        [] if role.part == "base" else [f"{name!r} repeats {same!r}; to train the adapter, leave it out of its tensors"]
+    )
 
 
 def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
@@ -391,8 +406,12 @@ def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two arrays are equal; not if they are traced."""
-    traced = isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer)
+    traced = _is_traced(one, other)
     return not traced and one.dtype == other.dtype and bool((jnp.asarray(one) == jnp.asarray(other)).all())
+
+
+def _is_traced(*arrays: Any) -> bool:
+    return any(isinstance(array, Tracer) for array in arrays)
 
 
 def _tokens(config: Config, spec: AdapterConfig, role: Role) -> tuple[int, ...]:
@@ -439,7 +458,7 @@ def _placed(base: _Base, wholes: Mapping[str, Array]) -> dict[str, Any]:
             parts.setdefault(where[path], {})[layer] = jnp.asarray(part)
     found: dict[str, Any] = {}
     for path, layers in parts.items():
-        old = base.flat[path]
+        old: Any = base.flat.get(path, layers.get(None))  # optional leaves may be new
         if not _leaves.is_plain(old):
             raise NotImplementedError(f"add_adapter: {path!r} is a {type(old).__name__}; turn it into an array first")
         new = {layer: part.astype(old.dtype) for layer, part in layers.items()}

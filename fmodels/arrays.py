@@ -212,7 +212,8 @@ class LowRank:
 
     def astype(self, dtype: Any) -> LowRank:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return LowRank(**{name: None if part is None else part.astype(dtype) for name, part in parts.items()})
+        cast = {name: part.astype(dtype) for name, part in parts.items() if part is not None}
+        return dataclasses.replace(self, **cast)
 
     def dequantize(self) -> Array:
         """The array that this leaf stands for, in its dtype; only where all rows have the same.
@@ -255,8 +256,7 @@ class LowRank:
         return (take(self.weight, index).astype(wide) + delta).astype(self.dtype)
 
     def _wide(self, dtype: Any) -> Any:
-        parts = [part.dtype for part in (self.a, self.b) if part.dtype.itemsize > 2]
-        return jnp.result_type(dtype, jnp.float32, *parts)
+        return jnp.float64 if max(part.itemsize for part in (dtype, self.a.dtype, self.b.dtype)) > 4 else jnp.float32
 
 
 def check_rows(name: str, params: Any, rows: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,39 +39,36 @@ def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | 
     first = next(factors for one in adapters for factors in one.values())
     shared = first.a.ndim + first.b.ndim - 2 - (len(leaf.shape) - (depth is not None))
     widths = [max((factors.b.shape[-1] for factors in one.values()), default=0) for one in adapters]
-    layers = range(1 if depth is None else depth)
 
     def side_by_side(part: int, axis: int) -> Array:
-        return _by_layer(depth, [
-            jnp.concatenate([_padded(one.get(layer), first, part, axis, width) for one, width in zip(adapters, widths, strict=True)], axis)
-            for layer in layers
-        ])  # fmt: skip
+        def of(layer: int) -> Array:
+            pairs = zip(adapters, widths, strict=True)
+            return jnp.concatenate([_padded(one.get(layer), first, part, axis, width) for one, width in pairs], axis)
 
-    found = LowRank(leaf, side_by_side(0, shared), side_by_side(1, first.b.ndim - 1))
+        return _by_layer(depth, of)
+
+    a, b = side_by_side(0, shared), side_by_side(1, first.b.ndim - 1)
     factors = [_factor(leaf, one, depth) for one in adapters]
     if choice is None:
-        return LowRank(found.weight, found.a, found.b, factor=next((f for f in factors if f is not None), None))
-    owner = jnp.repeat(jnp.arange(len(widths), dtype=jnp.int32), jnp.asarray(widths), total_repeat_length=sum(widths))
-    gain = _in_layers(depth, (choice[:, None] == owner[None]).astype(jnp.float32))
-    return LowRank(found.weight, found.a, found.b, gain, _chosen(factors, choice, depth))
+        return LowRank(leaf, a, b, factor=next((factor for factor in factors if factor is not None), None))
+    owner = jnp.asarray([i for i, width in enumerate(widths) for _ in range(width)], jnp.int32)
+    gain = (choice[:, None] == owner[None]).astype(jnp.float32)
+    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), _chosen(factors, choice, depth))
 
 
 def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width: int) -> Array:
     """The factor `a` or `b`, with zeros up to a rank of `width`; zeros where there is none."""
     if factors is None:
-        shape = list(first[part].shape)  # type: ignore[union-attr]
+        shape = list(jnp.shape(first[part]))
         shape[axis] = width
         return jnp.zeros(shape, first.a.dtype)
     array = jnp.asarray(factors[part])
     return jnp.pad(array, [(0, width - size if i == axis else 0) for i, size in enumerate(array.shape)])
 
 
-def _by_layer(depth: int | None, layers: Sequence[Array]) -> Array:
-    return layers[0] if depth is None else jnp.stack(layers)
-
-
-def _in_layers(depth: int | None, array: Array) -> Array:
-    return array if depth is None else jnp.broadcast_to(array[None], (depth, *array.shape))
+def _by_layer(depth: int | None, of: Callable[[int], Array]) -> Array:
+    """`of(layer)` of all layers, stacked; of a leaf without layers that of layer 0."""
+    return of(0) if depth is None else jnp.stack([of(layer) for layer in range(depth)])
 
 
 def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None) -> Array | None:
@@ -94,7 +91,7 @@ def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None) -> Arr
             return ones
         return factors.magnitude.astype(jnp.float32) / (norm if depth is None else norm[layer])
 
-    return _by_layer(depth, [of(layer) for layer in range(1 if depth is None else depth)])
+    return _by_layer(depth, of)
 
 
 def _chosen(factors: Sequence[Array | None], choice: Array, depth: int | None) -> Array | None:

@@ -15,8 +15,7 @@ from fmodels.types import Params
 
 
 def cast(params: Params, dtype: Any, *, where: Callable[[str], bool] | None = None) -> Params:
-    """Casts floating leaves; integer leaves stay as they are, of quantised leaves the scale is cast,
-    of adapted ones all parts.
+    """Casts floating leaves; integer leaves stay as they are, of quantised leaves the scale is cast, of adapted ones all.
 
     Works under `jit`, on stacked and unstacked trees, on numpy leaves, and on optimizer state (`map_state`).
 

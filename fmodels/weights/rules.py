@@ -147,7 +147,11 @@ def _apart(
 def outputs_first(rule: Rule, matrix: Any) -> Any:
     """A matrix on disk, `(out, in)` whichever way it lies there; of experts `(x, out, in)`."""
     experts = len(rule.layouts[0]) - 2
-    return matrix if _is_output(rule.letters(rule.leaves[0])[experts:], rule.layouts[0][experts]) else matrix.swapaxes(-1, -2)
+    return (
+        matrix
+        if _is_output(rule.letters(rule.leaves[0])[experts:], rule.layouts[0][experts])
+        else matrix.swapaxes(-1, -2)
+    )
 
 
 def _is_output(letters: tuple[str, ...], group: str) -> bool:
