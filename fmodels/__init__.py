@@ -1,6 +1,8 @@
 """Pretrained transformers as plain parameter trees and pure functions, exchanged with everybody else exactly."""
 
 from fmodels import assets as assets
+from fmodels import dialects as dialects
+from fmodels import export as export
 from fmodels import models as models
 from fmodels import tree as tree
 from fmodels.adapter_config import AdapterConfig as AdapterConfig
@@ -24,6 +26,9 @@ from fmodels.conversion import Conversion as Conversion
 from fmodels.conversion import convert as convert
 from fmodels.embed import embed as embed
 from fmodels.embed import embed_texts as embed_texts
+from fmodels.export import export_forward as export_forward
+from fmodels.export import export_generate as export_generate
+from fmodels.exported import load_exported as load_exported
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
@@ -49,6 +54,7 @@ from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops
 from fmodels.transforms.counting import memory_footprint as memory_footprint
 from fmodels.transforms.counting import num_parameters as num_parameters
+from fmodels.transforms.dequantizing import dequantize as dequantize
 from fmodels.transforms.embeddings import resize_embeddings as resize_embeddings
 from fmodels.transforms.heads import mask_heads as mask_heads
 from fmodels.transforms.heads import prune_heads as prune_heads

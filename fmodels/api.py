@@ -15,7 +15,7 @@ from fmodels import schema, tree
 from fmodels.arrays import check_rows
 from fmodels.models import Config, family
 from fmodels.nn import kernels
-from fmodels.nn.experts import check_how
+from fmodels.nn.experts import check_how, explained
 from fmodels.types import Array, Cache, Keep, Key, Output, Params
 
 CHOICE_TASKS = ("multiple-choice", "double-heads")
@@ -110,6 +110,7 @@ def forward(
         ValueError: wrong shapes; no tokens; inputs that the model does not take; tokens outside of the vocabulary or
             positions beyond the table (these two are only seen outside of `jit`); a kernel that the platform does not have,
             or that does not fit the shapes, the dtype or the model; `remat` with a cache.
+        NotImplementedError: `experts="grouped"` under `vmap`.
 
     Example:
         >>> import jax, fmodels as fm
@@ -149,7 +150,8 @@ def forward(
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    out = _forward(params, config, tokens, kernel, **arrays, cache=cache, select=select, keep=keep, **asked)
+    with explained():
+        out = _forward(params, config, tokens, kernel, **arrays, cache=cache, select=select, keep=keep, **asked)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
 
 

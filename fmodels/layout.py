@@ -7,6 +7,8 @@ work on numpy arrays, on jax arrays, and on tracers inside of `jit`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import schema, tree
+from fmodels.arrays import Quantized
 from fmodels.models import Config, family
 from fmodels.transforms._leaves import stack
 from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
-from fmodels.weights import rules
+from fmodels.weights import Tensor, quantized, rules
 from fmodels.weights.rules import Place
 
 logger = logging.getLogger("fmodels")
@@ -208,17 +211,34 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
         >>> bool((again["embed"]["tokens"] == params["embed"]["tokens"]).all())
         True
     """
-    planned = plan({name: tuple(a.shape) for name, a in tensors.items()}, config, what="from_disk")
+    if config.quantization is None:
+        described: Mapping[str, Any] = tensors
+    else:
+        lazy = {n: Tensor.lazy(n, a.dtype, a.shape, functools.partial(np.asarray, a)) for n, a in tensors.items()}
+        described = quantized.join(lazy, json.loads(config.quantization))
+    planned = plan({name: tuple(a.shape) for name, a in described.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
     experts: dict[str, list[Any]] = {}
+    packed: dict[rules.Rule, list[tuple[quantized.Packed, Place]]] = {}
     for name, place in planned.tensors.items():
         where = place.leaves(stacked=False)
+        if isinstance(tensor := described[name], quantized.Packed):
+            packed.setdefault(place.rule, []).append((tensor, place))
+            continue
         for path, leaf in rules.from_disk(place.rule, tensors[name], place.sizes(config)).items():
             if place.expert is None:
                 leaves[where[path]] = leaf
             else:  # they come in order
                 experts.setdefault(where[path], []).append(leaf)
-    params = tree.unflatten({**leaves, **{path: stack(*parts) for path, parts in experts.items()}})
+    leaves |= {path: stack(*parts) for path, parts in experts.items()}
+    for rule, members in packed.items():
+        found = quantized.leaves(rule, members, members[0][1].sizes(config), stacked=False, dtype=None)
+        if both := found.keys() & leaves.keys():
+            raise ValueError(
+                f"from_disk: experts of {min(both)!r} are quantised and others are not; dequantise all of them"
+            )
+        leaves |= found
+    params = tree.unflatten(leaves)
     return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
 
 
@@ -249,6 +269,10 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
     tensors: dict[str, Any] = {}
     for name, (place, source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or place.layer is None else place.leaves(stacked=False)
+        if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
+            parts = quantized.split(name, leaf, place.index(stacked=stacked))
+            tensors |= {part: tensor.array() for part, tensor in parts.items()}
+            continue
         leaves = {path: place.part(flat[where[path]], stacked=stacked) for path in place.rule.leaves}
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(place.rule, leaves, np.concatenate if numpy else jnp.concatenate)

@@ -51,6 +51,8 @@ def generate_many(
     stops: Sequence[Predicate] = (),
     constraint: Any = None,
     tokenizer: Any = None,
+    experts: str | None = None,
+    attention: str = "xla",
 ) -> list[Continuation]:
     """Continues thousands of prompts of any length, greedily or by sampling.
 
@@ -70,6 +72,8 @@ def generate_many(
         stops: as for `generate`.
         constraint: as for `generate`, one or one for each prompt.
         tokenizer: as for `generate`.
+        experts: as for `generate`.
+        attention: as for `generate`.
 
     Returns:
         A `Continuation` for each prompt, in their order.
@@ -98,7 +102,7 @@ def generate_many(
         tokens[i, place], mask[i, place] = row, True
     call = prepare(
         params, config, tokens, mask, max_new_tokens, key, options, None, None, None, None, processors, stops,
-        constraint, tokenizer, None, None, False, 0,
+        constraint, tokenizer, None, None, False, 0, experts, attention,
     )  # fmt: skip
     if call.plan.strategy != "sample" or call.plan.sequences > 1 or call.plan.guided or call.max_time or call.guidance:
         raise ValueError(

@@ -32,7 +32,8 @@ class Cache(NamedTuple):
 
     Attributes:
         keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape. Of layers with a window they may have
-            fewer slots than `mask`: a ring, in which column `c` of `mask` has the slot `c % s`.
+            fewer slots than `mask`: a ring, in which a row's real token number `n` has the slot `n % s`, and padding none.
+            Where some stacked layers have rings and some not, `nn.cache.Groups` of arrays.
         values: as `keys`.
         mask: `(b s)` bool, True where a slot holds a real token.
         length: int32, the number of slots written so far, which is the slot of the next token: `()` for all rows, or

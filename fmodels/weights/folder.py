@@ -95,7 +95,7 @@ def read_folder(
         return tensors, {"format": kind.dialect, **metadata}
     if not name.endswith(".json"):
         return read_file(folder / name)
-    weight_map = read_index(folder / name)
+    weight_map = {kind.in_shard(key): shard for key, shard in read_index(folder / name).items()}
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise FileNotFoundError(

@@ -271,10 +271,65 @@ class Place(NamedTuple):
             return {leaf: leaf for leaf in self.rule.leaves}
         return {leaf: schema.with_layer(leaf, self.layer) for leaf in self.rule.leaves}
 
+    def index(self, *, stacked: bool) -> tuple[int, ...]:
+        """Of this place in a leaf of the tree: the layer, where layers are stacked, and the expert."""
+        return tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+
     def part(self, leaf: Any, *, stacked: bool) -> Any:
-        """What lies here of a leaf of the tree: its layer, where layers are stacked, and of that its expert."""
-        index = tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+        """What lies here of a leaf of the tree."""
+        index = self.index(stacked=stacked)
         return leaf[index] if index else leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Flax:
+    """How the trees of transformers' Flax classes differ from what the names and axes of PyTorch's files let expect.
+
+    Attributes:
+        joined: name on disk -> the names of tensors that Flax has as this one, which must be equal. A leading `@` as in rules.
+        computed: name on disk -> function of the config that computes the tensor, which Flax has not.
+        repeats_head: whether a tied head has its weight in the tree.
+        lacks: property of the config -> what Flax's classes do not have, in models where it is true.
+    """
+
+    joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    computed: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    repeats_head: bool = False
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+FLAX = Flax()
+"""Trees in which nothing is special."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFlow:
+    """What the rules do not say about transformers' TensorFlow classes; read by `fmodels.dialects.tensorflow`.
+
+    Names are of variables without the model's part and `:0`, such as `bert/pooler/dense/kernel`.
+
+    Attributes:
+        without: tasks for which transformers has a class of PyTorch, and none of TensorFlow.
+        tokens: how the name of the token table ends.
+        head: when the head over the vocabulary has a variable of its own: `"never"`, `"untied"` or `"always"`.
+        names: regular expression -> replacement, for the names that follow from the rules.
+        conv1d: regular expression of the affine maps with input axes first in PyTorch, too, and a bias `(1, n)`.
+        unread: name of a variable that nothing reads -> the one of which it is a copy.
+        outside: names' first parts that stand in place of the model's part, too.
+        holds: layer of the model -> regular expression of the names of other layers that it holds, too.
+        original: regular expression -> replacement, from PyTorch's names to those of the family's first checkpoints, which
+            were TensorFlow's.
+    """
+
+    without: tuple[str, ...] = ()
+    tokens: str = "weight"
+    head: str = "never"
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    conv1d: str | None = None
+    unread: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outside: tuple[str, ...] = ()
+    holds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    original: Mapping[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +349,8 @@ class Weights:
         stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
         module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
             either form are read.
+        flax: what is special about Flax's trees.
+        tensorflow: about transformers' TensorFlow classes, if there were any.
     """
 
     rules: tuple[Rule, ...]
@@ -305,6 +362,8 @@ class Weights:
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     module: Weights | None = None
+    flax: Flax = FLAX
+    tensorflow: TensorFlow | None = None
 
     @property
     def of_module(self) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from interop.loading import generation_options
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
 from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy, to_tensor
-from interop.tensorflow.inputs import ALIASES, check_values, kind_of, length_of, rank_of, read_inputs
+from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -419,32 +419,13 @@ class TFModel(Pretrained, tf.Module):
 
     # --- SavedModel -----------------------------------------------------------------------------------------------------
 
-    def export(self, folder: str | os.PathLike[str], *, inputs: Sequence[str] = ("tokens", "mask")) -> None:
-        """Writes a SavedModel for inference, which needs TensorFlow and no JAX to run.
+    def export(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a SavedModel for inference, which needs TensorFlow and no JAX; see `interop.saved_model.export`."""
+        from interop.saved_model import export
 
-        Its signature `serving_default` takes the inputs by name, int32, of any batch and length, and returns what the
-        fields of `TFOutput` hold; the weights are variables of `loaded.weights`. It runs where XLA does: on a CPU, GPU
-        or TPU, not in TensorFlow.js or TensorFlow Lite. JAX promises to load it for six months: it is for serving, a
-        checkpoint (`save_pretrained`) is for keeping. Tokens are not checked against the vocabulary.
-
-        Args:
-            folder: made if it is not there.
-            inputs: which inputs it takes, of tokens, mask, positions, token_types, decoder_tokens and decoder_mask.
-
-        Raises:
-            ValueError: `inputs` lacks the tokens or has unknown names.
-        """
-        known = tuple(ALIASES.values())
-        if "tokens" not in inputs or any(name not in known for name in inputs):
-            raise ValueError(f"export: inputs are tokens and any of {', '.join(known[1:])}; got {', '.join(inputs)}")
-        rank = rank_of(self.config)
-        converted = self._convert(inputs, rank, with_gradient=False)
-
-        def serve(**given: tf.Tensor) -> dict[str, tf.Tensor]:
-            return converted({name: tf.cast(t, kind_of(name)) for name, t in given.items()})
-
-        module = tf.Module(name=self.name)
-        module.weights = {**self.named_variables, **self.adapter_variables}  # pyright: ignore[reportAttributeAccessIssue]
-        specs = {name: tf.TensorSpec([None] * rank, tf.int32, name=name) for name in inputs}
-        signature = tf.function(serve, autograph=False).get_concrete_function(**specs)
-        tf.saved_model.save(module, os.fspath(folder), signatures={"serving_default": signature})
+        if self._using():
+            raise ValueError(
+                "export: a SavedModel has the model's own weights alone; disable_adapters or delete_adapter first, or make a "
+                "TFModel of fm.merge_adapters(fm.add_adapter(params, config, adapter))"
+            )
+        export(self, folder, **options)
