@@ -13,18 +13,12 @@ CUSTOM_CODE = "no code of a checkpoint ever runs, and none is saved"
 GENERATE = "an option of generate"
 MANY = "fm.generate_many(model.params, model.config, prompts)"
 NEVER_INITIALISED = "weights are assigned, never first initialised; from_config draws a new model"
-NOT_YET = "not yet"
 PLACEMENT = "fm.partition_specs(params, axes) says how a tree is spread; a wrapper is one process"
 PYTORCH_ONLY = "the variables of TensorFlow stay where they were made; tf.device decides"
 TENSORFLOW_ONLY = "TensorFlow's name; TorchModel has state_dict and get_output_embeddings"
 
 NEITHER = {
-    # adapters
-    **dict.fromkeys(
-        ["active_adapters", "add_adapter", "delete_adapter", "disable_adapters", "enable_adapters", "enable_peft_hotswap",
-         "get_adapter_state_dict", "load_adapter", "set_adapter"],
-        NOT_YET,
-    ),
+    "enable_peft_hotswap": "load_adapter(hotswap=True) needs no preparation",
     # initialisation
     **dict.fromkeys(
         ["init_weights", "initialize_weights", "post_init", "get_init_context", "mark_tied_weights_as_initialized"],

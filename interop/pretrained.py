@@ -17,6 +17,7 @@ import numpy as np
 
 import fmodels as fm
 from interop import masks
+from interop.adapters import Adapters
 from interop.loading import load
 from interop.positions import resize_positions
 
@@ -29,7 +30,7 @@ Mask = Mapping[str, Any] | Callable[[str], bool]
 """Which parameters: name -> bool for each, as a nested dict or with dots; or a function of the name with dots."""
 
 
-class Pretrained:
+class Pretrained(Adapters):
     """The methods of a wrapper that say the same in every library.
 
     A wrapper brings `config` and what raises NotImplementedError here.
@@ -148,7 +149,7 @@ class Pretrained:
         hub_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Saves a checkpoint that transformers and `from_pretrained` load.
+        """Saves a checkpoint that transformers and `from_pretrained` load; with adapters the active one alone, as PEFT does.
 
         Args:
             folder: made if it is not there.
@@ -160,7 +161,7 @@ class Pretrained:
             save_original_format: False is refused: files have the names that transformers writes.
             repo_id: where to upload; the folder's name if None.
             hub_options: those of `push_to_hub`.
-            **options: those of `fm.save`: `format`, `max_shard_size`, `variant`.
+            **options: those of `fm.save`: `format`, `max_shard_size`, `variant`; of `fm.save_adapter`: `format`.
         """
         if save_function is not None:
             raise TypeError("save_pretrained: save_function is not called by fm.save; leave it out, or pass format=")
@@ -169,7 +170,14 @@ class Pretrained:
                 "save_pretrained: files have the names that transformers writes; leave save_original_format"
             )
         options = _with_format("save_pretrained", safe_serialization, options)
+        if self._specs and (state_dict is not None or push_to_hub):
+            raise ValueError(
+                "save_pretrained: an adapter is saved as it is, to a folder; leave state_dict and push_to_hub"
+            )
         if not is_main_process:
+            return
+        if self._specs:
+            self._save_adapter(folder, **options)
             return
         params = self.params if state_dict is None else fm.from_disk(self._arrays(state_dict, self.config), self.config)
         fm.save(params, self.config, folder, **options)
@@ -254,22 +262,22 @@ class Pretrained:
     # --- counts -------------------------------------------------------------------------------------------------------
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
+        """Counts numbers, adapters' too; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
         places = fm.disk_names(self.config, module=True)
         buffers = fm.models.family(self.config).weights.of_module.buffers(self.config)
         left_out = {n for n, leaves in places.items() if exclude_embeddings and leaves[0].split(".")[-2] == "embed"}
         return sum(
             math.prod(tensor.shape)
-            for name, tensor in self._named().items()
+            for name, tensor in {**self._named(), **self._adapter_tensors()}.items()
             if name not in left_out and name not in buffers and (self._is_trained(tensor) or not only_trainable)
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers that a checkpoint has."""
+        """Bytes of the parameters, adapters' too, and of the buffers that a checkpoint has."""
         left_out = () if return_buffers else fm.models.family(self.config).weights.of_module.buffers(self.config)
         return sum(
             math.prod(tensor.shape) * self._bytes_of(tensor.dtype)
-            for name, tensor in self._named().items()
+            for name, tensor in {**self._named(), **self._adapter_tensors()}.items()
             if name not in left_out
         )
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from interop.tensorflow.convert import ALIGNMENT as ALIGNMENT
 from interop.tensorflow.convert import from_tensorflow as from_tensorflow
 from interop.tensorflow.convert import to_tensorflow as to_tensorflow
+from interop.tensorflow.inputs import ALIASES as ALIASES
 from interop.tensorflow.keras import TFLayer as TFLayer
-from interop.tensorflow.model import ALIASES as ALIASES
 from interop.tensorflow.model import PLATFORMS as PLATFORMS
 from interop.tensorflow.model import TFModel as TFModel
 from interop.tensorflow.model import TFOutput as TFOutput

@@ -35,16 +35,18 @@ class TFLayer(tf.keras.layers.Layer):
         super().__init__(**options)
         self.model, self.output_field = model, output
         shared = {}
-        for name, variable in model.named_variables.items():
+        trained = {id(variable) for variable in model.trainable_variables}
+        for name, variable in {**model.named_variables, **model.adapter_variables}.items():
             weight = self.add_weight(
                 name=name,
                 shape=tuple(variable.shape),
                 dtype=variable.dtype.name,
                 initializer=lambda shape, dtype=None, value=variable: tf.convert_to_tensor(value),
-                trainable=variable.trainable,
+                trainable=id(variable) in trained,
             )
             shared[name] = weight.value
-        model._take(shared)
+        own = {name: variable for name, variable in shared.items() if name in model.named_variables}
+        model._take(own, {name: variable for name, variable in shared.items() if name not in own})
         self.built = True
 
     def call(self, inputs: Any) -> tf.Tensor:

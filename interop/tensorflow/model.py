@@ -14,21 +14,14 @@ import tensorflow as tf
 from jax.experimental import jax2tf
 
 import fmodels as fm
+from interop.adapters import PREFIX, adapted
 from interop.loading import generation_options
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
-from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_tensor
+from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy, to_tensor
+from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-ALIASES = {
-    "input_ids": "tokens",
-    "attention_mask": "mask",
-    "position_ids": "positions",
-    "token_type_ids": "token_types",
-    "decoder_input_ids": "decoder_tokens",
-    "decoder_attention_mask": "decoder_mask",
-}
-"""transformers' name of an input -> ours."""
 
 
 class TFOutput(NamedTuple):
@@ -100,10 +93,15 @@ class TFModel(Pretrained, tf.Module):
         # A namespace, because tf.Module would wrap and track a dict of functions.
         self._functions = types.SimpleNamespace(by_inputs={})
         self.named_variables: dict[str, tf.Variable] = {}
+        self.adapter_variables: dict[str, tf.Variable] = {}
+        self._specs = {}
         self._assign(params, config)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "params":  # whose setter copies it; tf.Module would wrap the tree and keep it
+        if name in (
+            "params",
+            "_specs",
+        ):  # a tree that the setter copies, and what is no variable: tf.Module would keep them
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -132,19 +130,22 @@ class TFModel(Pretrained, tf.Module):
             token_types=embed["types"].shape[0] if "types" in embed else None,
         )
 
-    def _take(self, variables: dict[str, tf.Variable]) -> None:
+    def _take(self, variables: dict[str, tf.Variable], adapters: dict[str, tf.Variable] | None = None) -> None:
         self.named_variables = variables
+        if adapters is not None:
+            self.adapter_variables = adapters
         self._functions.by_inputs.clear()
 
     @property
     def variables(self) -> tuple[tf.Variable, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """All variables, in the order of the checkpoint."""
-        return tuple(self.named_variables.values())
+        """All variables, in the order of the checkpoint, then those of adapters."""
+        return (*self.named_variables.values(), *self.adapter_variables.values())
 
     @property
     def trainable_variables(self) -> tuple[tf.Variable, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The variables that gradients are taken for, in the order of the checkpoint."""
-        return tuple(v for v in self.named_variables.values() if v.trainable)
+        """The variables that gradients are taken for: those of adapters that are trained, else the model's own."""
+        trained = tuple(v for v in self.adapter_variables.values() if v.trainable)
+        return trained or tuple(v for v in self.named_variables.values() if v.trainable)
 
     @property
     def params(self) -> fm.Params:
@@ -194,9 +195,9 @@ class TFModel(Pretrained, tf.Module):
             given |= {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask}
         elif decoder_tokens is not None or decoder_mask is not None:
             raise ValueError(f"TFModel: {self.config.model_type} of task {self.config.task!r} has no decoder tokens")
-        inputs = self._inputs("TFModel", given, aliases)
-        self._check_values(inputs)
-        ready = {name: tf.cast(value, _kind(name)) for name, value in inputs.items()}
+        inputs = read_inputs("TFModel", self.config, given, aliases)
+        check_values(self._tables, inputs)
+        ready = {name: tf.cast(value, kind_of(name)) for name, value in inputs.items()}
         key = (tuple(ready), inputs["tokens"].shape.rank)
         functions = self._functions.by_inputs
         if key not in functions:
@@ -207,14 +208,17 @@ class TFModel(Pretrained, tf.Module):
 
     def _convert(self, names: Iterable[str], rank: int, *, with_gradient: bool) -> Any:
         """A TensorFlow function of a dict of inputs, whose batch and length may be anything."""
-        config, variables, remat = self.config, dict(self.named_variables), self.is_gradient_checkpointing
+        config, remat, using = self.config, self.is_gradient_checkpointing, self._using()
+        variables = {**self.named_variables, **self.adapter_variables}
 
         def forward(tensors: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-            out = fm.forward(fm.from_disk(tensors, config), config, **inputs, remat=remat)
+            own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+            params = adapted(fm.from_disk(own, config), config, tensors, using)
+            out = fm.forward(params, config, **inputs, remat=remat)
             fields = {name: getattr(out, name) for name in TFOutput._fields}
             return {name: value for name, value in fields.items() if value is not None}
 
-        shapes: Any = {name: "b, n, t" if rank == 3 else f"b, {_length(name, names)}" for name in names}
+        shapes: Any = {name: "b, n, t" if rank == 3 else f"b, {length_of(name, names)}" for name in names}
         # A table of positions bounds the length; stated, because a symbolic length cannot be compared with it.
         bounded = self._tables.positions is not None and "positions" not in names
         lengths = sorted({shape[-1] for shape in shapes.values()})
@@ -226,63 +230,6 @@ class TFModel(Pretrained, tf.Module):
             native_serialization_platforms=PLATFORMS,
         )
         return lambda inputs: converted(variables, inputs)
-
-    def _rank(self) -> int:
-        """Of the tokens: `(b t)`, or `(b n t)` for tasks with `n` choices."""
-        return 3 if self.config.task in ("multiple-choice", "double-heads") else 2
-
-    def _inputs(self, what: str, given: Mapping[str, Any], aliases: Mapping[str, Any]) -> dict[str, tf.Tensor]:
-        """The inputs that are there, as tensors, by our names; checks what can be known before the values."""
-        inputs = dict(given)
-        for name, value in aliases.items():
-            if name not in ALIASES or ALIASES[name] not in given:
-                raise TypeError(f"{what}: unknown input {name!r}; expected {', '.join((*given, *ALIASES))}")
-            if value is not None and inputs[ALIASES[name]] is not None:
-                raise TypeError(f"{what}: {name} and {ALIASES[name]} are the same input; pass one of them")
-            inputs[ALIASES[name]] = value if inputs[ALIASES[name]] is None else inputs[ALIASES[name]]
-        tensors = {name: tf.convert_to_tensor(value) for name, value in inputs.items() if value is not None}
-        if "tokens" not in tensors:
-            raise ValueError(f"{what}: tokens (or input_ids) are missing")
-        shape = tensors["tokens"].shape
-        problems = []
-        rank = self._rank()
-        if shape.rank != rank:
-            letters = "(b n t)" if rank == 3 else "(b t)"
-            problems.append(f"tokens have shape {letters} for task {self.config.task!r}; got {shape}")
-        elif 0 in shape:
-            problems.append(f"there are no tokens; tokens have shape {shape}")
-        for name, tensor in tensors.items():
-            other = "decoder_tokens" if _length(name, tensors) == "s" else "tokens"
-            if other in tensors and not tensor.shape.is_compatible_with(tensors[other].shape):
-                problems.append(f"{name} has shape {tensor.shape}, {other} have {tensors[other].shape}")
-            masks = name.endswith("mask")
-            if not (tensor.dtype.is_integer or (masks and (tensor.dtype.is_bool or tensor.dtype.is_floating))):
-                wanted = "bool or 0/1" if masks else "integers, int32 or int64"
-                problems.append(f"{name} must be {wanted}; got {tensor.dtype.name}")
-        if problems:
-            raise ValueError(f"{what}: " + "; ".join(problems))
-        return tensors
-
-    def _check_values(self, inputs: Mapping[str, tf.Tensor]) -> None:
-        """Checks the inputs against the tables that they index, as far as they are known."""
-        problems = []
-        length, table = inputs["tokens"].shape[-1], self._tables.positions
-        if length is not None and table is not None and length > table and "positions" not in inputs:
-            problems.append(f"{length} tokens are more than the {table} positions of this model")
-        for name, what in (
-            ("tokens", "the vocabulary; see resize_token_embeddings"),
-            ("decoder_tokens", "the vocabulary; see resize_token_embeddings"),
-            ("positions", "the table of positions"),
-            ("token_types", "the table of token types"),
-        ):
-            size = getattr(self._tables, name)
-            if size is None or name not in inputs or tf.is_symbolic_tensor(inputs[name]):
-                continue
-            low, high = int(tf.reduce_min(inputs[name])), int(tf.reduce_max(inputs[name]))
-            if low < 0 or high >= size:
-                problems.append(f"{name} reach from {low} to {high}, outside of 0 … {size - 1}, {what}")
-        if problems:
-            raise ValueError("TFModel: " + "; ".join(problems))
 
     def generate(
         self,
@@ -310,7 +257,7 @@ class TFModel(Pretrained, tf.Module):
             `(b t+n)`, prompts and new tokens, in the dtype of `tokens`.
         """
         aliases = {name: options.pop(name) for name in ("input_ids", "attention_mask") if name in options}
-        inputs = self._inputs("generate", {"tokens": tokens, "mask": mask}, aliases)
+        inputs = read_inputs("generate", self.config, {"tokens": tokens, "mask": mask}, aliases)
         if any(tf.is_symbolic_tensor(tensor) for tensor in inputs.values()):
             raise ValueError("generate: it compiles its own loop; call it outside of tf.function")
         if seed is not None and key is not None:
@@ -319,7 +266,7 @@ class TFModel(Pretrained, tf.Module):
         base = None if generation_config is None else generation_options(generation_config)
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
-            self.params,
+            self._adapted(),
             self.config,
             prompt.numpy(),
             mask=inputs["mask"].numpy() if "mask" in inputs else None,
@@ -396,7 +343,7 @@ class TFModel(Pretrained, tf.Module):
         names = ["input_ids", "attention_mask", "position_ids"]
         names += ["token_type_ids"] if self._tables.token_types is not None else []
         names += ["decoder_input_ids", "decoder_attention_mask"] if self.config.is_encoder_decoder else []
-        return {name: tf.TensorSpec([None] * self._rank(), tf.int32, name=name) for name in names}
+        return {name: tf.TensorSpec([None] * rank_of(self.config), tf.int32, name=name) for name in names}
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, saved_model: bool = False, version: int = 1, **options: Any
@@ -412,7 +359,24 @@ class TFModel(Pretrained, tf.Module):
         return self.named_variables
 
     def _is_trained(self, tensor: tf.Variable) -> bool:
-        return tensor.trainable
+        return any(tensor is variable for variable in self.trainable_variables)
+
+    def _adapter_tensors(self) -> dict[str, tf.Variable]:
+        return self.adapter_variables
+
+    def _set_adapter(self, name: str, tensors: Mapping[str, np.ndarray] | None, trained: bool) -> None:
+        prefix = f"{PREFIX}{name}."
+        kept = {n: v for n, v in self.adapter_variables.items() if not n.startswith(prefix)}
+        new = {f"{prefix}{n}": array for n, array in (tensors or {}).items()}
+        made = {n: tf.Variable(tf.convert_to_tensor(array), trainable=trained, name=n) for n, array in new.items()}
+        self.adapter_variables = {**kept, **made}
+
+    def _changed(self) -> None:
+        self._functions.by_inputs.clear()
+
+    @staticmethod
+    def _arrays_of_adapter(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: to_numpy(tensor, f"load_adapter: {name!r}") for name, tensor in tensors.items()}
 
     def _replace(self, params: fm.Params, config: Any) -> None:
         self._assign(params, config)
@@ -459,14 +423,9 @@ class TFModel(Pretrained, tf.Module):
         """Writes a SavedModel for inference, which needs TensorFlow and no JAX; see `interop.saved_model.export`."""
         from interop.saved_model import export
 
+        if self._using():
+            raise ValueError(
+                "export: a SavedModel has the model's own weights alone; disable_adapters or delete_adapter first, or make a "
+                "TFModel of fm.merge_adapters(fm.add_adapter(params, config, adapter))"
+            )
         export(self, folder, **options)
-
-
-def _kind(name: str) -> tf.DType:
-    """The type of an input."""
-    return tf.bool if name.endswith("mask") else tf.int32
-
-
-def _length(name: str, names: Iterable[str]) -> str:
-    """The letter of an input's length: a decoder has its own, and positions are the decoder's."""
-    return "s" if "decoder_tokens" in names and (name.startswith("decoder_") or name == "positions") else "t"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fmodels as fm
+from interop.adapters import PREFIX, Active, adapted
 from interop.torch.arrays import to_jax, to_tensor
 
 FIELDS = (
@@ -23,12 +24,14 @@ FIELDS = (
 class Call:
     """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran.
 
-    `asked` are the options of `fm.forward` that are True.
+    `asked` are the options of `fm.forward` that are True, `adapters` those that are used.
     """
 
-    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, asked: tuple[str, ...]) -> None:
+    def __init__(
+        self, names: Sequence[str], inputs: dict[str, Any], config: Any, asked: tuple[str, ...], adapters: Active
+    ) -> None:
         self.names, self.inputs = names, inputs
-        self.static = {"config": config, "asked": asked}
+        self.static = {"config": config, "asked": asked, "adapters": adapters}
         self.fields: list[str] = []
 
     def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
@@ -78,12 +81,14 @@ class Differentiable(torch.autograd.Function):
         return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "asked"))
+@functools.partial(jax.jit, static_argnames=("config", "asked", "adapters"))
 def _run(
-    tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, asked: tuple[str, ...]
+    tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, asked: tuple[str, ...], adapters: Active
 ) -> dict[str, jax.Array]:
     options: dict[str, Any] = dict.fromkeys(asked, True)
-    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **options)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    params = adapted(fm.from_disk(own, config), config, tensors, adapters)
+    out = fm.forward(params, config, **inputs, **options)
     if isinstance(out.attentions, tuple):
         raise ValueError(
             "TorchModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
@@ -91,9 +96,13 @@ def _run(
     return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "asked"))
-def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, asked: tuple[str, ...]) -> tuple[Any, Any]:
-    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, asked=asked), trained)
+@functools.partial(jax.jit, static_argnames=("config", "asked", "adapters"))
+def _run_with_vjp(
+    trained: Any, fixed: Any, inputs: Any, *, config: Any, asked: tuple[str, ...], adapters: Active
+) -> tuple[Any, Any]:
+    return jax.vjp(
+        lambda tensors: _run({**tensors, **fixed}, inputs, config=config, asked=asked, adapters=adapters), trained
+    )
 
 
 @jax.jit

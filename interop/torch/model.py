@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fmodels as fm
+from interop.adapters import PREFIX
 from interop.loading import generation_options
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
-from interop.torch.arrays import kind_of, to_tensor
+from interop.torch.arrays import from_numpy, kind_of, to_numpy, to_tensor
 from interop.torch.call import Call, Differentiable
 from interop.torch.convert import arrays_of, from_torch, to_torch
 from interop.torch.inputs import either, random_key, read_inputs
@@ -98,6 +99,7 @@ class TorchModel(Pretrained, nn.Module):
 
     def __init__(self, params: fm.Params, config: Any) -> None:
         nn.Module.__init__(self)
+        self._specs = {}
         self.config = config
         own: dict[int, Tensor] = {}
         tensors = to_torch(params, config)
@@ -157,10 +159,10 @@ class TorchModel(Pretrained, nn.Module):
             decoder_tokens=either("decoder_tokens", decoder_tokens, "decoder_input_ids", decoder_input_ids),
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
-        tensors = self._tensors()
+        tensors = {**self._tensors(), **self._adapter_tensors()}
         options = {"hidden_states": hidden_states, "attentions": attentions, "remat": self.is_gradient_checkpointing}
         asked = tuple(name for name, wanted in options.items() if wanted)
-        call = Call(list(tensors), inputs, self.config, asked)
+        call = Call(list(tensors), inputs, self.config, asked, self._using())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
         else:
@@ -234,7 +236,7 @@ class TorchModel(Pretrained, nn.Module):
         base = None if generation_config is None else generation_options(generation_config)
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
-            self.params,
+            self._adapted(),
             self.config,
             inputs["tokens"],
             mask=inputs["mask"],
@@ -331,6 +333,27 @@ class TorchModel(Pretrained, nn.Module):
     def _named(self) -> dict[str, Tensor]:
         return self._tensors()
 
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if name.startswith(PREFIX)} if self._specs else {}
+
+    def _set_adapter(self, name: str, tensors: Mapping[str, np.ndarray] | None, trained: bool) -> None:
+        container = self._modules.setdefault(PREFIX.removesuffix("."), nn.Module())
+        assert container is not None
+        if tensors is None:
+            del container._modules[name]
+            if not container._modules:
+                del self._modules[PREFIX.removesuffix(".")]
+            return
+        own = {n: nn.Parameter(from_numpy(array.copy()), requires_grad=trained) for n, array in tensors.items()}
+        container.add_module(name, _register(nn.Module(), fm.tree.unflatten(own)))
+        if trained:
+            for tensor in self._tensors().values():
+                tensor.requires_grad_(False)
+
+    @staticmethod
+    def _arrays_of_adapter(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {n: t if isinstance(t, np.ndarray) else to_numpy(t, f"load_adapter: {n!r}") for n, t in tensors.items()}
+
     def _is_trained(self, tensor: Tensor) -> bool:
         return tensor.requires_grad
 
@@ -385,6 +408,7 @@ class TorchModel(Pretrained, nn.Module):
             ValueError: a parameter was put under the second name of a tied one, so that it would be passed over.
         """
         tensors: dict[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
         if apart := [name for name in _repeated(self.config) if name in tensors]:
             raise ValueError(
                 f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; assign to "
