@@ -20,10 +20,12 @@ from tqdm import tqdm
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
 from fmodels.arrays import Quantized
+from fmodels.certificate import Certificate
 from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
+from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
@@ -69,7 +71,7 @@ def open_checkpoint(
     path = hub.resolve(source, variant=variant, format=format, **hub_options)
     folder = path.is_dir() and not is_alone(path)
     raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
-    config = _config(path, metadata, task)
+    config = _config(path, metadata, raw, task)
     tensors = dialects.read(raw, config, metadata["format"])
     options = None if config.quantization is None else json.loads(config.quantization)
     return Checkpoint(path, config, quantized.join(tensors, options), raw, metadata)
@@ -84,12 +86,12 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     """
     path = hub.resolve(source, **hub_options)
     if (_folder_of(path) / "config.json").exists():
-        return _config(path, {}, task)
+        return _config(path, {}, {}, task)
     try:
-        metadata = (read_folder(path) if path.is_dir() else read_file(path))[1]
+        tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
     except FileNotFoundError:
-        metadata = {}
-    return _config(path, metadata, task)
+        tensors, metadata = {}, {}
+    return _config(path, metadata, tensors, task)
 
 
 def _folder_of(path: Path) -> Path:
@@ -97,11 +99,11 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() and not is_alone(path) else path.parent
 
 
-def _config(path: Path, metadata: Mapping[str, Any], task: str | None) -> Config:
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], task: str | None) -> Config:
     folder = _folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
-        if (config := dialects.config_of(metadata, task=task)) is not None:
+        if (config := dialects.config_of(metadata, tensors, task=task)) is not None:
             return config
         raise FileNotFoundError(
             f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights"
@@ -484,12 +486,13 @@ def as_written(
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
+    metadata = dialects.metadata_of(config, names, metadata)
     return dialects.write(tensors, config, names), metadata, files
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
+    check_merged("save", params)
     flat = tree.flatten(params)
     return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 
@@ -508,8 +511,14 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    certificate: Certificate | None = None,
 ) -> str:
     """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
+
+    A repository without a model card gets one, with the hash of the tensors.
 
     Args:
         params: the tree.
@@ -520,6 +529,10 @@ def push_to_hub(
         revision: branch to commit to.
         create_pr: open a pull request.
         commit_message: of the commit.
+        format: as in `save`.
+        max_shard_size: as in `save`.
+        variant: as in `save`.
+        certificate: what `fm.verify` found; it goes into the card.
 
     Returns:
         The address of the commit or pull request.
@@ -528,13 +541,41 @@ def push_to_hub(
         OSError: the Hub cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(params, config, folder)
-        return hub.push(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
+        save(params, config, folder, format=format, max_shard_size=max_shard_size, variant=variant)
+        return push_folder(
+            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, variant=variant, certificate=certificate,
+        )  # fmt: skip
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    certificate: Certificate | None = None,
+    **options: Any,
+) -> str:
+    """Uploads a checkpoint folder, with a model card if there is none; options as in `push_to_hub`.
+
+    Raises:
+        ValueError: the folder cannot be loaded again, so it is not worth a push.
+        OSError: as in `push_to_hub`.
+    """
+    from fmodels.card import model_card
+    from fmodels.conversion import digest_of
+
+    opened = open_checkpoint(folder, variant=variant)
+    config, planned = plan(opened)
+    tensors = {name: opened.tensors[name] for name in planned.tensors}
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+
+    def card() -> str:
+        return model_card(
+            config, name=repo_id, parameters=sum(tensor.size for tensor in tensors.values()), bytes_by_dtype=sizes,
+            sha256=digest_of(tensors, config), certificate=certificate,
+        )  # fmt: skip
+
+    return hub.push(folder, repo_id, card=card, variant=variant, **options)

@@ -228,6 +228,16 @@ def _verify(wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], stage: P
     return whole.hexdigest()
 
 
+def digest_of(tensors: Mapping[str, Tensor], config: Config) -> str:
+    """The hash of a `Conversion`, of tensors by PyTorch's names."""
+    names = canonical_names(list(tensors), config)
+    ordered = {names[name].canonical: tensor for name, tensor in tensors.items()}
+    whole = hashlib.sha256()
+    for name in sorted(ordered):
+        whole.update(f"{name} {_digest(ordered[name])}\n".encode())
+    return whole.hexdigest()
+
+
 def _digest(tensor: Tensor) -> str:
     """Of the dtype, the shape, and the bytes in row-major order."""
     array = np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8)

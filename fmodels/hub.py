@@ -2,6 +2,7 @@
 
 import glob
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has 
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def resolve(
@@ -108,6 +110,26 @@ def resolve(
             raise
 
 
+def resolve_adapter(source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> Path:
+    """As `resolve`, the local folder of an adapter of PEFT.
+
+    Args:
+        source: a folder or "owner/name".
+        subfolder: of the folder or repository.
+        options: `revision`, `cache_dir`, `token` and `local_files_only`, as of `resolve`.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if (name and path.exists()) or isinstance(source, os.PathLike) or not _is_id(name):
+        return resolve(source, subfolder=subfolder)
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    with _errors("load", name, options.get("revision") or "main", options.get("token")):
+        wanted = [glob.escape(prefix + file) for file in ADAPTER]
+        return Path(snapshot_download(name, allow_patterns=wanted, **options)) / prefix
+
+
 def push(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -117,6 +139,8 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    variant: str | None = None,
+    card: Callable[[], str] | None = None,
 ) -> str:
     """Uploads a folder to the Hub in one commit, making the repository and the branch if they are missing.
 
@@ -130,6 +154,8 @@ def push(
         revision: the branch.
         create_pr: proposes the commit in place of pushing it.
         commit_message: "Upload model" if None.
+        variant: of the weights that are pushed.
+        card: gives a model card, for a repository that has none when the folder has none.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -147,21 +173,38 @@ def push(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        found = find_weights(os.listdir(folder))
-        stale = [] if found is None else stale_patterns(found[0])
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message or "Upload model",
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns=stale or None,
-            ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
-        )
-        return str(commit.pr_url or commit.commit_url)
+        found = find_weights(os.listdir(folder), variant)
+        stale = [] if found is None else stale_patterns(found[0], variant)
+        with tempfile.TemporaryDirectory() as place:
+            if card is not None and not (folder / "README.md").exists() and not _has_card(api, repo_id, revision):
+                for path in folder.iterdir():  # the folder itself is not ours to write to
+                    os.symlink(path.resolve(), Path(place) / path.name)
+                (Path(place) / "README.md").write_text(card(), encoding="utf-8")
+                folder = Path(place)
+            return _upload(api, folder, repo_id, stale, revision, create_pr, commit_message)
 
 
-def stale_patterns(format: str) -> list[str]:
+def _has_card(api: Any, repo_id: str, revision: str | None) -> bool:
+    return "README.md" in {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []}
+
+
+def _upload(
+    api: Any, folder: Path, repo_id: str, stale: list[str], revision: str | None, create_pr: bool, message: str | None
+) -> str:
+    """One commit; returns its address."""
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message or "Upload model",
+        revision=revision,
+        create_pr=create_pr,
+        delete_patterns=stale or None,
+        ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
+    )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def stale_patterns(format: str, variant: str | None = None) -> list[str]:
     """Names, as patterns, of weights of an older push that would be read in place of those of `format`, or beside them.
 
     Example:
@@ -171,8 +214,8 @@ def stale_patterns(format: str) -> list[str]:
     kinds = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     patterns: list[str] = []
     for kind in kinds:
-        patterns += [f"{kind.single()}/*"] if kind.directory else kind.candidates()
-        patterns += [f"{kind.stem}-?????-of-?????.{kind.suffix}"] if kind.sharded else []
+        patterns += [f"{kind.single(variant)}/*"] if kind.directory else kind.candidates(variant)
+        patterns += [kind.shard(0, 0, variant).replace("0" * 5, "?" * 5)] if kind.sharded else []
     return patterns
 
 

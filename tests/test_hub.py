@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fmodels as fm
 from fmodels import hub
 from fmodels.weights import Tensor, read_folder, write_folder
 from tests.loopback_hub import LoopbackHub, Repo
@@ -26,6 +27,7 @@ def server():
 def site(server, monkeypatch, tmp_path):
     server.repos.clear()
     server.requests.clear()
+    server.lfs_from = 10**9
     server.before = lambda method, path: None
     server.patch(monkeypatch, tmp_path / "cache")
     return server
@@ -227,3 +229,22 @@ def test_import_is_light():
     assert result.stdout.strip().endswith("]")
     assert "torch" not in result.stdout
     assert "huggingface_hub" not in result.stdout
+
+
+def test_model_card(site, case, tmp_path):
+    """A repository without a card gets one, which says the hash of the tensors; one that has a card keeps it."""
+    loaded = case("llama/causal-lm")
+    fm.push_to_hub(loaded.params, loaded.config, "me/new", token=SECRET)
+    card = site.repos["me/new"].find("main")[1]["README.md"].decode()
+    assert fm.convert("me/new", tmp_path / "copy").sha256 in card
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert 'fm.load("me/new")' in card
+    assert SECRET not in card
+    site.repos["me/theirs"] = Repo({"README.md": b"theirs"})
+    fm.push_to_hub(loaded.params, loaded.config, "me/theirs", variant="fp16", max_shard_size="20kB", commit_message="m")
+    files = site.repos["me/theirs"].find("main")[1]
+    assert files["README.md"] == b"theirs"
+    assert "model.fp16-00001-of-00006.safetensors" in files
+    certificate = fm.verify(loaded.folder, frameworks=(), gradients=False)
+    fm.push_to_hub(loaded.params, loaded.config, "me/sure", certificate=certificate)
+    assert "conversion certificate  PASS" in site.repos["me/sure"].find("main")[1]["README.md"].decode()

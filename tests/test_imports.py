@@ -21,7 +21,7 @@ LEVELS = {
 TOP = 3  # every other module of fmodels, and fmodels itself
 AT_IMPORT = {"jax", "jaxlib", "ml_dtypes", "numpy", "tqdm"}  # third parties that fmodels may import at its own import
 IN_FUNCTIONS = {
-    "flax", "h5py", "huggingface_hub", "llguidance", "matplotlib", "optax", "orbax", "psutil", "safetensors", "tensorflow",
+    "flax", "gguf", "h5py", "huggingface_hub", "llguidance", "matplotlib", "optax", "orbax", "psutil", "safetensors", "tensorflow",
     "tokenizers", "torch",
 }  # fmt: skip
 DERIVED_FROM = {

@@ -242,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", metavar="NAME", help="the branch (default: main)")
     push.add_argument("--create-pr", action="store_true", help="propose the commit in place of pushing it")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
+    push.add_argument("--variant", metavar="NAME", help="of the weights, as in model.NAME.safetensors")
+    push.add_argument(
+        "--certify", action="store_true", help="verify first, and put the certificate into the model card"
+    )
     push.add_argument("--token", help="default: HF_TOKEN, or that of `hf auth login`")
 
     bench = command(

@@ -160,17 +160,17 @@ def _read_text(args: argparse.Namespace, source: Path, config: Any) -> tuple[lis
 
 def run_push(args: argparse.Namespace) -> int:
     """One commit on the Hub, after a look whether the folder can be loaded."""
-    from fmodels import hub, layout
-    from fmodels.checkpoint import open_checkpoint
+    from fmodels.checkpoint import push_folder
+    from fmodels.verify import verify
 
     if not args.folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(args.folder)!r} is none; save the checkpoint first")
-    opened = open_checkpoint(args.folder)  # what cannot be loaded again is not worth a push
-    layout.plan({name: tensor.shape for name, tensor in opened.tensors.items()}, opened.config, what="push")
-    url = hub.push(
+    certificate = verify(args.folder) if args.certify else None
+    if certificate is not None and not certificate.ok:
+        raise ValueError("push: the certificate failed, nothing was pushed: " + "; ".join(certificate.failures[:20]))
+    url = push_folder(
         args.folder, args.repo_id, token=args.token, private=args.private, revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.message,
+        create_pr=args.create_pr, commit_message=args.message, variant=args.variant, certificate=certificate,
     )  # fmt: skip
     print_json({"url": url}) if args.json else print(url)
     return 0

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fmodels import schema, tree
+from fmodels.models._gguf import Gguf
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.linear import ACTIVATIONS, linear
 from fmodels.nn.positions import last_real
@@ -121,6 +122,10 @@ class Config:
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    gguf: ClassVar[Gguf | None] = None
+    """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
+    norm: ClassVar[str] = "layer"
+    """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, head
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,28 @@ class Config(_encoder.Config):
 
 
 AT = "encoder.albert_layer_groups.{l}.albert_layers.0"
+GROUP = "bert.encoder.transformer.group_"
+TENSORFLOW = TensorFlow(
+    names={r"^predictions/bias$": "predictions/decoder/bias"},
+    unread={"predictions/bias": "predictions/decoder/bias"},
+    holds={"predictions": "/embeddings/"},  # of which it needs the tokens'
+    original={
+        r"^albert\.encoder\.albert_layer_groups\.(\d+)\.albert_layers\.(\d+)": rf"{GROUP}\1.inner_group_\2",
+        r"(inner_group_\d+)\.attention\.(query|key|value)\.": r"\1.attention_1.self.\2.",
+        r"(inner_group_\d+)\.attention\.dense\.": r"\1.attention_1.output.dense.",
+        r"(inner_group_\d+)\.attention\.LayerNorm\.": r"\1.LayerNorm.",
+        r"(inner_group_\d+)\.full_layer_layer_norm\.": r"\1.LayerNorm_1.",
+        r"(inner_group_\d+)\.ffn\.": r"\1.ffn_1.intermediate.dense.",
+        r"(inner_group_\d+)\.ffn_output\.": r"\1.ffn_1.intermediate.output.dense.",
+        r"^albert\.pooler\.": "bert.pooler.dense.",
+        r"^albert\.": "bert.",
+        r"^predictions\.bias$": "cls.predictions.output_bias",
+        r"^predictions\.(dense|LayerNorm)\.": r"cls.predictions.transform.\1.",
+        r"^sop_classifier\.classifier\.(weight|bias)$": r"cls.seq_relationship.output_\1",
+        r"^qa_outputs\.(weight|bias)$": r"cls.squad.output_\1",
+        r"^classifier\.(weight|bias)$": r"output_\1",
+    },
+)
 
 WEIGHTS = _encoder.weights(
     "albert",
@@ -96,6 +119,7 @@ WEIGHTS = _encoder.weights(
     ),
     decoder="predictions.decoder",
     bias="predictions.bias",
+    tensorflow=TENSORFLOW,
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)

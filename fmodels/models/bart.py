@@ -20,7 +20,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import columns
 from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import Flax, Rule, TensorFlow, Weights
 
 BOTH = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
 """Tasks whose models have an encoder beside the decoder."""
@@ -154,8 +154,15 @@ WEIGHTS = Weights(
         Rule("@decoder.embed_tokens.weight", "embed.tokens", tasks=BOTH, when="tie_word_embeddings"),
     ),
     ignored=(r"(en|de)coder\.version$",),
+    tensorflow=TensorFlow(
+        without=("question-answering", "causal-lm"),
+        tokens="embeddings",
+        names={r"^model/shared/": "model.shared/"},
+        outside=("model.shared",),
+    ),
     fallbacks={"model.decoder.embed_tokens.weight": "model.shared.weight"},
     stand_ins={"encoder.embed.tokens": "embed.tokens", "decoder.embed.tokens": "embed.tokens"},
+    flax=Flax(joined={"@shared.weight": ("@encoder.embed_tokens.weight", "@decoder.embed_tokens.weight")}),
     rules=(
         Rule("@shared.weight", "embed.tokens", tasks=BOTH),
         Rule("@decoder.embed_tokens.weight", "embed.tokens", tasks=("causal-lm",)),

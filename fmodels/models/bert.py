@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, LM, head
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,25 @@ class Config(_encoder.Config):
         "multiple-choice": "BertForMultipleChoice",
     }
 
+    @classmethod
+    def task_of(cls, architectures: Any) -> str:
+        return (
+            "causal-lm" if architectures == ["BertForCausalLM"] else super().task_of(architectures)
+        )  # Flax's name of it
+
 
 PREDICTIONS = "cls.predictions"
+TENSORFLOW = TensorFlow(
+    names={r"^cls/predictions": "mlm___cls/predictions", r"^cls/seq_relationship": "nsp___cls/seq_relationship"},
+    holds={"mlm___cls": "/embeddings/"},  # of which it needs the tokens'
+    original={
+        r"\.layer\.(\d+)\.": r".layer_\1.",
+        r"^cls\.predictions\.bias$": "cls.predictions.output_bias",
+        r"^cls\.seq_relationship\.(weight|bias)$": r"cls.seq_relationship.output_\1",
+        r"^qa_outputs\.(weight|bias)$": r"cls.squad.output_\1",
+        r"^classifier\.(weight|bias)$": r"output_\1",
+    },
+)
 
 WEIGHTS = _encoder.weights(
     "bert",
@@ -48,6 +66,7 @@ WEIGHTS = _encoder.weights(
     ),
     decoder=f"{PREDICTIONS}.decoder",
     bias=f"{PREDICTIONS}.bias",
+    tensorflow=TENSORFLOW,
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)

@@ -24,7 +24,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import signed_log_buckets
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import Rule
+from fmodels.weights.rules import Rule, TensorFlow
 
 SAME = """relative_attention max_relative_positions position_buckets share_att_key pos_att_type norm_rel_ebd
 position_biased_input conv_kernel_size conv_act legacy""".split()
@@ -193,6 +193,13 @@ WEIGHTS = _encoder.weights(
     decoder=f"{LM}.decoder",
     bias=f"{LM}.bias",
     ignored=(r"embeddings\.position_embeddings\.weight$", r"^mask_predictions\."),
+    tensorflow=TensorFlow(
+        names={
+            r"rel_embeddings/embeddings$": "rel_embeddings.weight", r"/pos_key_proj/": "/pos_proj/",
+            r"/pos_query_proj/": "/pos_q_proj/",
+        },
+        holds={"cls": "/embeddings/"},
+    ),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, head
-from fmodels.weights.rules import Rule
+from fmodels.weights.rules import Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ WEIGHTS = _encoder.weights(
         *head("qa_outputs", "classifier", "question-answering"),
     ),
     decoder="vocab_projector",
+    tensorflow=TensorFlow(holds={"vocab_projector": "/embeddings/"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)

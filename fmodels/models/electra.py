@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Rule
+from fmodels.weights.rules import Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ WEIGHTS = _encoder.weights(
         *head("qa_outputs", "classifier", "question-answering"),
     ),
     decoder="generator_lm_head",
+    tensorflow=TensorFlow(without=("causal-lm",), holds={"generator_lm_head": "/embeddings/"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)

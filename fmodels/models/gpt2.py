@@ -17,6 +17,7 @@ from fmodels import tree
 from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, at, decoder_head, init_normal
+from fmodels.models._gguf import Gguf
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
@@ -25,7 +26,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import last_real, of_call
 from fmodels.types import NOTHING, Array, Cache, Keep, Key, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import Rule, TensorFlow, Weights
 
 ATTENTION = tuple(f"layers.attention.{name}" for name in ("query", "key", "value"))
 
@@ -52,6 +53,7 @@ class Config(BaseConfig):
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     model_type: ClassVar[str] = "gpt2"
+    gguf: ClassVar[Gguf | None] = Gguf("gpt2")
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
         "max_positions": "n_positions",
@@ -108,6 +110,9 @@ WEIGHTS = Weights(
     prefix={"": "transformer"},
     tied={"lm_head.weight": "embed.tokens"},
     ignored=(r"\.attn\.(bias|masked_bias)$",),
+    tensorflow=TensorFlow(
+        without=("token-classification", "question-answering"), tokens="embeddings", conv1d=r"/c_(attn|proj|fc)$"
+    ),
     rules=(
         Rule("@wte.weight", "embed.tokens"),
         Rule("@wpe.weight", "embed.positions"),

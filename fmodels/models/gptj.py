@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _decoder
 from fmodels.nn.positions import Rope
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ WEIGHTS = _decoder.weights(
     prefix="transformer",
     norm_bias=True,
     ignored=(r"attn\.(bias|masked_bias)$",),  # the causal mask
+    tensorflow=TensorFlow(head="always"),
 )
 
 FAMILY = _decoder.family(Config, WEIGHTS)

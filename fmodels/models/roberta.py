@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Rule
+from fmodels.weights.rules import Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ WEIGHTS = _encoder.weights(
     (*_encoder.rules(EMBEDDINGS | _encoder.LAYER), *HEADS),
     decoder="lm_head.decoder",
     bias="lm_head.bias",
+    tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)

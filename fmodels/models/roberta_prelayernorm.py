@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _encoder, roberta
+from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ WEIGHTS = _encoder.weights(
     ),
     decoder="lm_head.decoder",
     bias="lm_head.bias",
+    tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)

@@ -20,7 +20,7 @@ from fmodels.nn.embeddings import embed
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import rms_norm
 from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Key, Output, Params
-from fmodels.weights.rules import Rule, Weights
+from fmodels.weights.rules import Rule, TensorFlow, Weights
 
 DECODER = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
 """Tasks whose models have a decoder beside the encoder."""
@@ -59,6 +59,7 @@ class Config(_seq2seq.Config):
     decoder_start_token_id: int = 0
 
     model_type: ClassVar[str] = "t5"
+    norm: ClassVar[str] = "rms"
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
         "hidden_size": "d_model",
@@ -168,6 +169,13 @@ WEIGHTS = Weights(
         Rule("@decoder.embed_tokens.weight", "embed.tokens", tasks=DECODER),
     ),
     ignored=(r"EncDecAttention\.relative_attention_bias\.weight$",),
+    tensorflow=TensorFlow(
+        without=("sequence-classification", "token-classification", "question-answering"),
+        tokens="embeddings",
+        head="untied",
+        outside=("shared",),
+        holds={"encoder": "^shared/", "decoder": "^shared/"},
+    ),
     rules=(
         Rule("@shared.weight", "embed.tokens"),
         *_rules("encoder", SELF | MLP, None),

@@ -55,6 +55,10 @@ class Format:
     def _module(self) -> Any:
         return importlib.import_module(f"fmodels.weights.{self.module}")
 
+    def in_shard(self, name: str) -> str:
+        """How one of several files names the tensor that the index has under `name`."""
+        return self._module.in_shard(name) if hasattr(self._module, "in_shard") else name
+
     def single(self, variant: str | None = None) -> str:
         """The name of the file when there is one."""
         return self._stem(variant) + _dotted(self.suffix)
@@ -91,10 +95,24 @@ class Format:
 FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: transformers', then what it does not read
     "safetensors": Format("safetensors", "model", "safetensors"),
     "torch": Format("torch_bin", "pytorch_model", "bin"),
+    "flax": Format("flax_msgpack", "flax_model", "msgpack", dialect="flax"),
+    "tf": Format("tf_h5", "tf_model", "h5", dialect="tf"),
+    "gguf": Format(
+        "gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False
+    ),
+    "tf-checkpoint": Format(
+        "tf_checkpoint",
+        "model.ckpt",
+        "index",
+        dialect="tf-original",
+        others=r".+\.ckpt[\w.-]*\.index",
+        writable=False,
+        sharded=False,
+    ),
     "npz": Format("npz", "model", "npz", sharded=False),
     "orbax": Format("orbax", "params", "", dialect="fmodels", sharded=False, directory=True),
 }
-OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
+OTHERS = ("*.ckpt", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
 
 
 def _dotted(part: str | None) -> str:
