@@ -238,6 +238,8 @@ class Codec:
         order: the axes of that part along which rows and columns lie, as negative numbers; None if they do not.
         separator: what is between the name of the weight, without `.weight`, and that of a part on disk.
         derived: parts that are made from others when a file is read, and are not on disk.
+        as_bytes: parts that are kept as uint8, and their dtype on disk. XLA's CPU backend has no 8-bit floats: where a scan
+            has an array of them, it makes 16 bits of all layers.
         padded: parts of bytes that zeros behind them make equally long in all layers.
     """
 
@@ -245,6 +247,7 @@ class Codec:
     order: ClassVar[tuple[int, int] | None] = (-2, -1)
     separator: ClassVar[str] = "."
     derived: ClassVar[frozenset[str]] = frozenset()
+    as_bytes: ClassVar[Mapping[str, str]] = {}
     padded: ClassVar[frozenset[str]] = frozenset()
 
     def decode(self, parts: Mapping[str, Array]) -> Array:

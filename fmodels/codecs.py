@@ -64,6 +64,7 @@ class Blocks(Codec):
     zero: str | None = None
 
     main: ClassVar[tuple[str, int]] = ("weight", 2)
+    as_bytes: ClassVar[Mapping[str, str]] = {"weight": "float8_e4m3fn"}
 
     def decode(self, parts: Parts) -> Array:
         codes = self.codes(parts).astype(jnp.float32)
@@ -73,7 +74,8 @@ class Blocks(Codec):
 
     def codes(self, parts: Parts) -> Array:
         """The number of each element."""
-        return parts["weight"]
+        codes = parts["weight"]
+        return codes if codes.dtype != jnp.uint8 else jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
 
     def zeros(self, parts: Parts, shape: tuple[int, ...]) -> Array:
         """The zero of each block of a matrix of the given shape."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -137,8 +138,9 @@ def leaves(
         if members[0][1].expert is not None:
             lead += (len({place.expert for _, place in members}),)
         parts = {name: _read([packed.parts[name] for packed in group], lead, shapes[name]) for name in first.parts}
+        parts |= {n: a.view(np.uint8) for n, a in parts.items() if a.dtype.name == first.codec.as_bytes.get(n)}
         parts |= {
-            n: np.stack([p.derived[n] for p in group]).reshape(*lead, *first.derived[n].shape) for n in first.derived
+            n: np.stack([p.derived[n] for p in group]).reshape((*lead, *first.derived[n].shape)) for n in first.derived
         }
         place = Place(rule, layer)
         paths = place.leaves(stacked=stacked)
@@ -158,7 +160,7 @@ def _read(tensors: Sequence[Tensor], lead: tuple[int, ...], shape: tuple[int, ..
         else:
             out[...] = 0
             out[: tensor.shape[0]] = tensor.array()
-    return whole.reshape(*lead, *shape)
+    return whole.reshape((*lead, *shape))
 
 
 def _views(rule: Rule, packed: Packed, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...], Rows | None]]:
@@ -205,11 +207,16 @@ def split(name: str, leaf: Quantized, index: tuple[int, ...]) -> dict[str, Tenso
             found[full] = Tensor.lazy(full, text.dtype, text.shape, lambda text=text: text)
             continue
         shape = array.shape[len(index) :]
-        found[full] = Tensor.lazy(full, array.dtype, shape, lambda array=array: np.asarray(array[index]))
+        dtype = np.dtype(codec.as_bytes[part]) if part in codec.as_bytes and array.dtype == np.uint8 else array.dtype
+        found[full] = Tensor.lazy(full, dtype, shape, functools.partial(_part, array, index, dtype))
     for part, constant in codec.constants().items():
         full = stem + codec.separator + part
         found[full] = Tensor.lazy(full, constant.dtype, constant.shape, lambda constant=constant: constant)
     return found
+
+
+def _part(array: Any, index: tuple[int, ...], dtype: Any) -> np.ndarray:
+    return np.asarray(array[index]).view(dtype)
 
 
 def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
