@@ -1,8 +1,16 @@
 """Pretrained transformers as plain parameter trees and pure functions, exchanged with everybody else exactly."""
 
 from fmodels import assets as assets
+from fmodels import dialects as dialects
+from fmodels import export as export
 from fmodels import models as models
 from fmodels import tree as tree
+from fmodels.adapter_config import AdapterConfig as AdapterConfig
+from fmodels.adapters import Adapter as Adapter
+from fmodels.adapters import add_adapter as add_adapter
+from fmodels.adapters import init_adapter as init_adapter
+from fmodels.adapters import load_adapter as load_adapter
+from fmodels.adapters import save_adapter as save_adapter
 from fmodels.api import abstract as abstract
 from fmodels.api import check as check
 from fmodels.api import forward as forward
@@ -11,12 +19,16 @@ from fmodels.api import match_config as match_config
 from fmodels.api import partition_specs as partition_specs
 from fmodels.checkpoint import load as load
 from fmodels.checkpoint import load_config as load_config
+from fmodels.checkpoint import open_checkpoint as open_checkpoint
 from fmodels.checkpoint import push_to_hub as push_to_hub
 from fmodels.checkpoint import save as save
 from fmodels.conversion import Conversion as Conversion
 from fmodels.conversion import convert as convert
 from fmodels.embed import embed as embed
 from fmodels.embed import embed_texts as embed_texts
+from fmodels.export import export_forward as export_forward
+from fmodels.export import export_generate as export_generate
+from fmodels.exported import load_exported as load_exported
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
@@ -27,18 +39,22 @@ from fmodels.generation.scores import compute_transition_scores as compute_trans
 from fmodels.generation.synthid import SynthID as SynthID
 from fmodels.generation.watermark import Watermark as Watermark
 from fmodels.generation.watermark import detect_watermark as detect_watermark
+from fmodels.layout import LoadingInfo as LoadingInfo
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
+from fmodels.layout import loading_info as loading_info
 from fmodels.layout import to_disk as to_disk
 from fmodels.many import Continuation as Continuation
 from fmodels.many import generate_many as generate_many
 from fmodels.nn.cache import init_cache as init_cache
 from fmodels.nn.experts import load_balancing_loss as load_balancing_loss
 from fmodels.programs import compile_count as compile_count
+from fmodels.transforms.adapters import merge_adapters as merge_adapters
 from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops
 from fmodels.transforms.counting import memory_footprint as memory_footprint
 from fmodels.transforms.counting import num_parameters as num_parameters
+from fmodels.transforms.dequantizing import dequantize as dequantize
 from fmodels.transforms.embeddings import resize_embeddings as resize_embeddings
 from fmodels.transforms.heads import mask_heads as mask_heads
 from fmodels.transforms.heads import prune_heads as prune_heads

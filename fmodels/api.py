@@ -12,9 +12,10 @@ import numpy as np
 from jax.core import Tracer
 
 from fmodels import schema, tree
+from fmodels.arrays import check_rows
 from fmodels.models import Config, family
 from fmodels.nn import kernels
-from fmodels.nn.experts import check_how
+from fmodels.nn.experts import check_how, explained
 from fmodels.types import Array, Cache, Keep, Key, Output, Params
 
 CHOICE_TASKS = ("multiple-choice", "double-heads")
@@ -70,6 +71,7 @@ def forward(
     router_logits: bool = False,
     experts: str | None = None,
     attention: str = "xla",
+    remat: bool = False,
 ) -> Output:
     """Runs the model; what comes out depends on `config.task`.
 
@@ -98,6 +100,8 @@ def forward(
             tokens; None for the platform's own, dense on CPU. The numbers are the same. Under `vmap` only dense.
         attention: the kernel of attention: `"xla"`, everywhere and the one with transformers' numbers; `"cudnn"` on NVIDIA's
             GPUs in float16 or bfloat16; `"splash"` on TPUs, for texts and heads of a multiple of 128.
+        remat: gradients keep only the input of every layer and compute the layer once more: less memory, about a third
+            more work (gradient checkpointing). The outputs are the same.
 
     Returns:
         An `Output`; logits are float32.
@@ -105,7 +109,8 @@ def forward(
     Raises:
         ValueError: wrong shapes; no tokens; inputs that the model does not take; tokens outside of the vocabulary or
             positions beyond the table (these two are only seen outside of `jit`); a kernel that the platform does not have,
-            or that does not fit the shapes, the dtype or the model.
+            or that does not fit the shapes, the dtype or the model; `remat` with a cache.
+        NotImplementedError: `experts="grouped"` under `vmap`.
 
     Example:
         >>> import jax, fmodels as fm
@@ -113,7 +118,11 @@ def forward(
         >>> fm.forward(params, config, jax.numpy.array([[5, 6, 7]])).logits.shape == (1, 3, config.vocab_size)
         True
     """
-    keep = Keep(hidden_states, attentions, router_logits)
+    keep = Keep(hidden_states, attentions, router_logits, bool(remat))
+    if remat and cache is not None:
+        raise ValueError(
+            "forward: remat saves memory of gradients, for which there is no cache; leave remat or cache out"
+        )
     kernel = kernels.check(attention)
     if attentions and kernel != "xla":
         raise ValueError(
@@ -141,7 +150,8 @@ def forward(
     if len(lead) == 2:
         tokens = tokens.reshape(-1, tokens.shape[-1])
         arrays = {name: None if a is None else a.reshape(tokens.shape) for name, a in arrays.items()}
-    out = _forward(params, config, tokens, kernel, **arrays, cache=cache, select=select, keep=keep, **asked)
+    with explained():
+        out = _forward(params, config, tokens, kernel, **arrays, cache=cache, select=select, keep=keep, **asked)
     return _unflatten_choices(out, config, lead) if len(lead) == 2 else out
 
 
@@ -248,6 +258,7 @@ def _check_inputs(
         for other, a in arrays.items()
         if a is not None and a.shape != tokens.shape
     ]
+    check_rows("forward", params, tokens.shape[0])
     positions, types = arrays.get("positions"), arrays.get("token_types")
     numbers = {"positions": positions, "token_types": types}
     problems += [

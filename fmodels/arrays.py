@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fmodels.types import Array
 
@@ -42,8 +44,36 @@ def einsum(equation: str, x: Array, weight: Any) -> Array:
     # As one matrix: XLA's CPU backend copies a weight with several input or output axes at every product.
     matrix = weight.reshape(math.prod(rest), -1).astype(x.dtype)
     rows = x.reshape(*lead, matrix.shape[1])
-    product = _few_rows if _is_few(rows, matrix) else _product
-    return product(rows, matrix).reshape(*lead, *rest)
+    return _best_product(rows, matrix).reshape(*lead, *rest)
+
+
+class Target(NamedTuple):
+    """What is traced for another process than this one: an export.
+
+    Attributes:
+        few_rows: whether it shall have the form of products that is fastest on CPU for few rows, beside the plain one.
+        recent: whether its reader knows what jax makes of `jax.lax.top_k` and `jax.lax.ragged_dot`; TensorFlow 2.21 does not.
+    """
+
+    few_rows: bool = True
+    recent: bool = True
+
+
+target = jax.make_user_context(None)
+"""`with target(Target()):` what is traced within runs on every platform; None: it is for this process and its backend."""
+
+
+def _best_product(rows: Array, matrix: Array) -> Array:
+    """`_product` in the form that is fastest on the platform that it is for."""
+    known = all(isinstance(n, int) for n in rows.shape)
+    count = rows.size // rows.shape[-1] if known else None
+    if rows.dtype != jnp.float32 or (count is not None and not 1 <= count <= FEW):
+        return _product(rows, matrix)
+    if target.value is None:
+        return (_few_rows if known and jax.default_backend() == "cpu" else _product)(rows, matrix)
+    if not target.value.few_rows:
+        return _product(rows, matrix)
+    return jax.lax.platform_dependent(rows, matrix, cpu=_few_rows if known else _maybe_few_rows, default=_product)
 
 
 def _product(rows: Array, matrix: Array) -> Array:
@@ -58,19 +88,12 @@ SMALL = 2**19
 """Elements up to which it multiplies a weight and a single row on one core."""
 
 
-def _is_few(rows: Array, matrix: Array) -> bool:
-    count = rows.size // rows.shape[-1] if all(isinstance(n, int) for n in rows.shape) else FEW + 1
-    return jax.default_backend() == "cpu" and rows.dtype == jnp.float32 and 1 <= count <= FEW
-
-
 def _few_rows(rows: Array, matrix: Array) -> Array:
     """`_product` in the form that is fastest on CPU for few rows; the same sums."""
     outputs, inputs = matrix.shape
     flat = rows.reshape(-1, inputs)
     if (count := flat.shape[0]) > 1:
-        # Whole groups: 11 rows take longer than 16. The barrier keeps XLA from turning the product around again.
-        more = -count % (4 if count <= 4 else 8)
-        product = jax.lax.optimization_barrier(_product(matrix, jnp.pad(flat, ((0, more), (0, 0)))))[:, :count].T
+        product = _turned(flat, matrix, 4 if count <= 4 else 8)
     elif outputs % 2 or matrix.size > SMALL:
         product = _product(flat, matrix)
     else:  # half of the outputs on each of two cores
@@ -78,6 +101,24 @@ def _few_rows(rows: Array, matrix: Array) -> Array:
         both = jnp.broadcast_to(flat, (2, inputs))
         product = jax.lax.dot_general(halves, both, (((2,), (1,)), ((0,), (0,))), precision=precision(rows.dtype))
     return product.reshape(*rows.shape[:-1], outputs)
+
+
+def _turned(flat: Array, matrix: Array, group: int) -> Array:
+    """`(n i) × (o i) -> (n o)` with the weight on the left, in whole groups of rows: 11 rows take longer than 16."""
+    count = flat.shape[0]
+    filled = jnp.pad(flat, ((0, -count % group), (0, 0)))
+    # The barrier keeps XLA from turning the product around again.
+    return jax.lax.optimization_barrier(_product(matrix, filled))[:, :count].T
+
+
+def _maybe_few_rows(rows: Array, matrix: Array) -> Array:
+    """`_product` of a number of rows that is known only when it is compiled: XLA then keeps one of the two forms."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = jnp.asarray(flat.shape[0], jnp.int32)
+    product = jax.lax.cond(
+        (count > 1) & (count <= FEW), lambda flat, matrix: _turned(flat, matrix, 8), _product, flat, matrix
+    )
+    return product.reshape(*rows.shape[:-1], matrix.shape[0])
 
 
 @functools.cache
@@ -97,13 +138,24 @@ def precision(dtype: Any) -> str | None:
     return "highest" if dtype == jnp.float32 and chosen is None else None
 
 
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest numbers of the last axis in descending order and their places; of equal ones the first."""
+    if target.value is None or target.value.recent:
+        return jax.lax.top_k(x, k)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    turned, places = jax.lax.sort((-x, places), num_keys=1, is_stable=True)
+    return -turned[..., :k], places[..., :k]
+
+
 def take(table: Any, index: Array) -> Array:
     """Rows of a table: `table[index]`, for an array or an array-like leaf."""
     return table.take(index) if hasattr(table, "einsum") else table[index]
 
 
-def plain(leaf: Any) -> Array:
-    """The array that a leaf stands for, for products of other forms."""
+def plain(leaf: Any, x: Array) -> Array:
+    """The array that a leaf stands for, for products with `x` of other forms; not expanded before `x` is there."""
+    if isinstance(leaf, Quantized):
+        return leaf.after(x).dequantize()
     return leaf.dequantize() if hasattr(leaf, "einsum") else leaf
 
 
@@ -146,6 +198,9 @@ class Scaled:
     def dtype(self) -> Any:
         return self.scale.dtype
 
+    def astype(self, dtype: Any) -> Scaled:
+        return dataclasses.replace(self, scale=self.scale.astype(dtype))
+
     def dequantize(self) -> Array:
         """The array that this leaf stands for, in the dtype of the scale."""
         return self.values.astype(self.scale.dtype) * self.scale
@@ -156,3 +211,279 @@ class Scaled:
     def take(self, index: Array) -> Array:
         scale = jnp.broadcast_to(self.scale, (self.shape[0], *self.scale.shape[1:]))
         return self.values[index].astype(self.dtype) * scale[index]
+
+
+class Rows(NamedTuple):
+    """Which rows of a matrix on disk are a leaf's: of `groups` groups of equal size, `width` each, from `start` on."""
+
+    groups: int
+    start: int
+    width: int
+
+    def pick(self, array: Array, axis: int) -> Array:
+        """These rows of an array that has them along the (negative) `axis`."""
+        axis %= array.ndim
+        before, after = array.shape[:axis], array.shape[axis + 1 :]
+        apart = array.reshape(*before, self.groups, -1, *after)
+        chosen = jax.lax.slice_in_dim(apart, self.start, self.start + self.width, axis=axis + 1)
+        return chosen.reshape(*before, -1, *after)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How the parts of a quantised matrix lie on disk; a value without arrays, static under `jit`.
+
+    Attributes:
+        main: the part that tells the leading axes (layer, expert), and how many axes it has without them.
+        order: the axes of that part along which rows and columns lie, as negative numbers; None if they do not.
+        separator: what is between the name of the weight, without `.weight`, and that of a part on disk.
+        derived: parts that are made from others when a file is read, and are not on disk.
+        padded: parts of bytes that zeros behind them make equally long in all layers.
+    """
+
+    main: ClassVar[tuple[str, int]]
+    order: ClassVar[tuple[int, int] | None] = (-2, -1)
+    separator: ClassVar[str] = "."
+    derived: ClassVar[frozenset[str]] = frozenset()
+    padded: ClassVar[frozenset[str]] = frozenset()
+
+    def decode(self, parts: Mapping[str, Array]) -> Array:
+        """The matrix `(… out in)`, float32."""
+        raise NotImplementedError
+
+    def rows(self, parts: Mapping[str, Array], pick: Callable[[Array, int], Array]) -> dict[str, Array] | None:
+        """The parts of the rows that `pick(array, axis)` takes; None where parts do not have rows of their own."""
+        return None
+
+    def constants(self) -> dict[str, Any]:
+        """Parts on disk that follow from the codec, as numpy arrays."""
+        return {}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=("codec", "size", "dtype", "row_range")
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A leaf whose parts are the tensors of a quantised checkpoint as they lie on disk, with layers and experts before.
+
+    It is expanded where it is used: in a scan over layers, one layer at a time. Leaves that lie in one matrix on disk have
+    the same parts, and each its own rows.
+
+    Attributes:
+        parts: name -> array.
+        codec: how they make a matrix `(out in)`.
+        size: the leaf's shape without the leading axes; its output axes are the matrix's rows, its input axes the columns.
+        dtype: of the array that the leaf stands for.
+        row_range: the rows of the matrix that are the leaf's; all if None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fmodels.codecs import Blocks
+        >>> parts = {"weight": jnp.ones((4, 6), jnp.float8_e4m3fn), "weight_scale_inv": jnp.full((1, 2), 0.5)}
+        >>> leaf = Quantized(parts, Blocks((4, 4)), (2, 2, 6), jnp.dtype("float32"))
+        >>> leaf.shape, einsum("bd,hkd->bhk", jnp.ones((1, 6)), leaf).tolist()
+        ((2, 2, 6), [[[3.0, 3.0], [3.0, 3.0]]])
+    """
+
+    parts: dict[str, Array]
+    codec: Codec
+    size: tuple[int, ...]
+    dtype: Any
+    row_range: Rows | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        name, axes = self.codec.main
+        shape = tuple(self.parts[name].shape)
+        return (*shape[: len(shape) - axes], *self.size)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the parts."""
+        return sum(part.nbytes for part in jax.tree.leaves(self.parts))
+
+    def astype(self, dtype: Any) -> Quantized:
+        """The leaf that stands for the array in `dtype`; its parts stay."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def partition(self, spec: Sequence[Any]) -> Quantized:
+        """The leaf with a `PartitionSpec` for each part, from the entries of one for the leaf's own axes.
+
+        All parts are split along leading axes. Along rows or columns only the main part is, by the first of their axes.
+
+        Raises:
+            ValueError: a part cannot be split so.
+        """
+        lead, (main, axes) = self.ndim - len(self.size), self.codec.main
+        high = jax.eval_shape(self._matrix, self.parts).shape[-2]
+        if (rows := self.row_range) is not None:
+            high = rows.groups * rows.width
+        count = next(i for i in range(1, len(self.size) + 1) if math.prod(self.size[:i]) == high)
+        entries = tuple(spec) + (None,) * (self.ndim - len(spec))
+        own: list[Any] = [None] * axes
+        for i, entry in enumerate(entries[lead:]):
+            first = i == count or (i == 0 and (rows is None or rows.groups == self.size[0]))
+            if entry is not None and (self.codec.order is None or not first):
+                raise ValueError(
+                    f"partition: {type(self.codec).__name__} of shape {self.shape} cannot be split along axis {lead + i}; "
+                    "leave its letter out, or use dequantize"
+                )
+            if entry is not None and self.codec.order is not None:
+                own[self.codec.order[i == count]] = entry
+        specs = {name: PartitionSpec(*entries[:lead], *(own if name == main else ())) for name in self.parts}
+        return dataclasses.replace(self, parts=specs)
+
+    def dequantize(self) -> Array:
+        """The array that this leaf stands for."""
+        return self._matrix(self.parts).reshape(self.shape)
+
+    def _matrix(self, parts: Mapping[str, Array]) -> Array:
+        """The leaf's rows of the matrix."""
+        parts, rows = {name: jnp.asarray(part) for name, part in parts.items()}, self.row_range
+        chosen = None if rows is None else self.codec.rows(parts, rows.pick)
+        matrix = self.codec.decode(parts if chosen is None else chosen).astype(self.dtype)
+        return rows.pick(matrix, -2) if rows is not None and chosen is None else matrix
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        return einsum(equation, x, self.after(x).dequantize())
+
+    def take(self, index: Array) -> Array:
+        chosen = self.codec.rows(self.parts, lambda part, axis: jnp.take(part, index.reshape(-1), axis=axis))
+        if chosen is None or self.row_range is not None or self.ndim != 2:
+            return self.dequantize()[index]
+        return self.codec.decode(chosen).astype(self.dtype).reshape(*index.shape, self.shape[1])
+
+    def after(self, x: Array) -> Quantized:
+        """The leaf, not to be expanded before `x` is there: XLA would else do it ahead of loops, for all layers."""
+        parts, _ = jax.lax.optimization_barrier(jax.lax.stop_gradient((self.parts, x)))
+        return dataclasses.replace(self, parts=parts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, which is never formed to multiply with it.
+
+    Several adapters lie side by side along the rank `r`. With `gain` each row of a batch has its own sum of them.
+
+    Attributes:
+        weight: `(… o i)`, an array or an array-like leaf; `o` and `i` stand for any number of axes, as in `einsum`, and
+            `…` for those that all parts share: layers, experts.
+        a: `(… r i)`.
+        b: `(… o r)`.
+        gain: `(… n r)`, for each of `n` rows of a batch what `a x` is multiplied with; None for 1. Batches with a
+            multiple of `n` rows belong to them in order, as those of beams do.
+        factor: `(… o)`, or `(… n o)` with `gain`; None for 1.
+
+    Source: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA" (`factor`); matches PEFT's `lora.Linear` and `lora.Embedding`:
+    the products with `a` and `b` are in float32, or in the wider dtype of an adapter.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = LowRank(jnp.eye(2), a=jnp.array([[1.0, 1.0]]), b=jnp.array([[0.5], [0.0]]))
+        >>> einsum("bd,fd->bf", jnp.ones((1, 2)), leaf)
+        Array([[2., 1.]], dtype=float32)
+    """
+
+    weight: Any
+    a: Array
+    b: Array
+    gain: Array | None = None
+    factor: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.weight.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    @property
+    def shared(self) -> int:
+        """How many leading axes all parts share."""
+        return self.a.ndim + self.b.ndim - 2 - self.ndim
+
+    def astype(self, dtype: Any) -> LowRank:
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cast = {name: part.astype(dtype) for name, part in parts.items() if part is not None}
+        return dataclasses.replace(self, **cast)
+
+    def dequantize(self) -> Array:
+        """The array that this leaf stands for, in its dtype; only where all rows have the same.
+
+        Raises:
+            ValueError: the rows of a batch have adapters of their own.
+        """
+        if self.gain is not None:
+            raise ValueError("LowRank: each row of a batch has a weight of its own, so that there is no one array")
+        wide = self._wide(self.dtype)
+        shared, outputs = self.b.shape[: self.shared], self.b.shape[self.shared : -1]
+        a = self.a.reshape(*shared, self.a.shape[self.shared], -1).astype(wide)
+        b = self.b.reshape(*shared, math.prod(outputs), -1).astype(wide)
+        whole = plain(self.weight).astype(wide) + jnp.matmul(b, a, precision=precision(wide)).reshape(self.shape)
+        if self.factor is not None:
+            inputs = self.ndim - self.factor.ndim
+            whole = whole * self.factor.reshape(*self.factor.shape, *(1,) * inputs).astype(wide)
+        return whole.astype(self.dtype)
+
+    def einsum(self, equation: str, x: Array) -> Array:
+        if self.shared:  # experts
+            return einsum(equation, x, self.dequantize())
+        inputs, outputs = _split(equation)
+        letters, weight, _ = re.split(",|->", equation)
+        lead, new = letters[: len(letters) - inputs], weight[:outputs]
+        wide = self._wide(x.dtype)
+        inner = einsum(f"{letters},R{weight[outputs:]}->{lead}R", x.astype(wide), self.a)
+        inner = inner if self.gain is None else inner * _by_rows(self.gain, inner)
+        y = einsum(equation, x, self.weight).astype(wide) + einsum(f"{lead}R,{new}R->{lead}{new}", inner, self.b)
+        if self.factor is not None:
+            factor = self.factor[None] if self.gain is None else self.factor
+            y = y * _by_rows(factor, y)
+        return y.astype(x.dtype)
+
+    def take(self, index: Array) -> Array:
+        wide = self._wide(self.dtype)
+        inner = self.b[index].astype(wide)
+        inner = inner if self.gain is None else inner * _by_rows(self.gain, inner)
+        delta = jnp.einsum("...r,rd->...d", inner, self.a.astype(wide), precision=precision(wide))
+        return (take(self.weight, index).astype(wide) + delta).astype(self.dtype)
+
+    def _wide(self, dtype: Any) -> Any:
+        return jnp.float64 if max(part.itemsize for part in (dtype, self.a.dtype, self.b.dtype)) > 4 else jnp.float32
+
+
+def check_rows(name: str, params: Any, rows: int | None) -> None:
+    """Raises a ValueError if adapters of the tree are chosen for another number of rows; None is any.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> leaf = LowRank(jnp.eye(2), jnp.ones((1, 2)), jnp.ones((2, 1)), gain=jnp.ones((3, 1)))
+        >>> check_rows("forward", {"weight": leaf}, 2)
+        Traceback (most recent call last):
+        ValueError: forward: adapters are chosen for 3 rows, the batch has 2; see add_adapter
+    """
+    for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, LowRank)):
+        if isinstance(leaf, LowRank) and leaf.gain is not None and leaf.gain.shape[-2] != rows:
+            has = "its rows come and go" if rows is None else f"the batch has {rows}"
+            raise ValueError(f"{name}: adapters are chosen for {leaf.gain.shape[-2]} rows, {has}; see add_adapter")
+
+
+def _by_rows(rows: Array, y: Array) -> Array:
+    """`(n …)` of `n` rows of a batch as a factor of `(b … …)`, where `b` is a multiple of `n`."""
+    each, rest = divmod(y.shape[0], rows.shape[0])
+    if rest:
+        raise ValueError(
+            f"forward: adapters are chosen for {rows.shape[0]} rows, the batch has {y.shape[0]}; expected a multiple"
+        )
+    rows = jnp.repeat(rows, each, axis=0) if rows.shape[0] > 1 else rows
+    return rows.reshape(rows.shape[0], *(1,) * (y.ndim - rows.ndim), *rows.shape[1:]).astype(y.dtype)

@@ -19,19 +19,22 @@ from tqdm import tqdm
 
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.arrays import Quantized
 from fmodels.certificate import Certificate
 from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
 from fmodels.pooling import read_pooling
+from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
-from fmodels.weights import FORMATS, Tensor, read_file, read_folder, rules, write_folder
+from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
 from fmodels.weights.formats import check_format, is_alone
 from fmodels.weights.rules import Place
 from fmodels.weights.tensors import READERS, aligned_empty
 
 ALIGNMENT = 64
+Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
 
 
 class Checkpoint(NamedTuple):
@@ -40,7 +43,7 @@ class Checkpoint(NamedTuple):
     Attributes:
         path: the folder or file.
         config: what it says about the model.
-        tensors: under the names and with the axes that PyTorch's files have.
+        tensors: under the names and with the axes that PyTorch's files have; one for all parts of a quantised weight.
         raw: the same as the files have them.
         metadata: of the files; the entry `format` says whose names `raw` has.
     """
@@ -68,8 +71,10 @@ def open_checkpoint(
     path = hub.resolve(source, variant=variant, format=format, **hub_options)
     folder = path.is_dir() and not is_alone(path)
     raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
-    config = _config(path, metadata, task)
-    return Checkpoint(path, config, dialects.read(raw, config, metadata["format"]), raw, metadata)
+    config = _config(path, metadata, raw, task)
+    tensors = dialects.read(raw, config, metadata["format"])
+    options = None if config.quantization is None else json.loads(config.quantization)
+    return Checkpoint(path, config, quantized.join(tensors, options), raw, metadata)
 
 
 def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hub_options: Any) -> Config:
@@ -81,12 +86,12 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     """
     path = hub.resolve(source, **hub_options)
     if (_folder_of(path) / "config.json").exists():
-        return _config(path, {}, task)
+        return _config(path, {}, {}, task)
     try:
-        metadata = (read_folder(path) if path.is_dir() else read_file(path))[1]
+        tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
     except FileNotFoundError:
-        metadata = {}
-    return _config(path, metadata, task)
+        tensors, metadata = {}, {}
+    return _config(path, metadata, tensors, task)
 
 
 def _folder_of(path: Path) -> Path:
@@ -94,11 +99,11 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() and not is_alone(path) else path.parent
 
 
-def _config(path: Path, metadata: Mapping[str, Any], task: str | None) -> Config:
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], task: str | None) -> Config:
     folder = _folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
-        if (config := dialects.config_of(metadata, task=task)) is not None:
+        if (config := dialects.config_of(metadata, tensors, task=task)) is not None:
             return config
         raise FileNotFoundError(
             f"load: no config.json in {str(folder)!r}; a checkpoint folder has one beside its weights"
@@ -189,8 +194,9 @@ def load(
     tensors = opened.tensors
     config, planned = plan(opened, new_head=task is not None and key is not None)
     _check_dtypes(planned, tensors, dtype)
-    stacked = stacked and not schema.is_ragged(config)
-    params = _read(planned, tensors, config, dtype, stacked, sharding)
+    kinds = _kinds(planned, tensors)
+    even = all(quantized.is_even([tensor for tensor, _ in members]) for members in kinds.values())
+    params = _read(kinds, config, dtype, stacked and even and not schema.is_ragged(config), sharding)
     if planned.missing:
         params = _with_new_head(params, planned, config, key, dtype)
     return params, config
@@ -249,30 +255,41 @@ def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: An
         )
 
 
-def _read(
-    planned: layout.Plan, tensors: Mapping[str, Tensor], config: Config, dtype: Any, stacked: bool, sharding: Any
-) -> Params:
+def _kinds(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> Kinds:
+    """The tensors and their places by rule, layer by layer."""
+    kinds: Kinds = {}
+    for name, place in planned.tensors.items():
+        kinds.setdefault(place.rule, []).append((tensors[name], place))
+    for members in kinds.values():
+        members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
+    return kinds
+
+
+def _read(kinds: Kinds, config: Config, dtype: Any, stacked: bool, sharding: Any) -> Params:
     """Reads each tensor once, straight to where it stays: into its part of the stacked leaf, or mapped as it lies.
 
     One kind of tensor after the other, its layers in parallel, so that the host never holds more than one stacked leaf
     beside what is on its device already.
     """
     shardings = tree.flatten(sharding) if isinstance(sharding, dict) else None
-    kinds: dict[rules.Rule, list[tuple[Tensor, Place]]] = {}
-    for name, place in planned.tensors.items():
-        kinds.setdefault(place.rule, []).append((tensors[name], place))
     leaves: dict[str, Any] = {}
-    total = sum(tensors[name].nbytes for name in planned.tensors)
+    total = sum(tensor.nbytes for members in kinds.values() for tensor, _ in members)
     with (
         ThreadPoolExecutor(READERS) as pool,
         tqdm(total=total, desc="load", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for rule, members in kinds.items():
+            packed, members = quantized.apart(members)
+            if packed:
+                found = quantized.leaves(rule, packed, packed[0][1].sizes(config), stacked=stacked, dtype=dtype)
+                leaves.update(_to_device(found, sharding if shardings is None else shardings))
+                bar.update(sum(tensor.nbytes for tensor, _ in packed))
+            if not members:
+                continue
             target = _target_dtype(members[0][0].dtype, dtype)
             done: dict[str, np.ndarray] = {}
             first = members[0][1]
             if (stacked and first.layer is not None) or first.expert is not None:
-                members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
                 whole = _as_one(rule, config, target, [tensor for tensor, _ in members]) if stacked else None
                 if whole is not None:
                     leaves.update(_to_device(whole, sharding if shardings is None else shardings))
@@ -366,13 +383,22 @@ def _target_dtype(stored: np.dtype, wanted: Any) -> np.dtype:
     return np.dtype(wanted) if wanted is not None and jnp.issubdtype(stored, jnp.floating) else stored
 
 
-def _to_device(arrays: dict[str, np.ndarray], sharding: Any) -> dict[str, jax.Array]:
-    if sharding is None:
-        return jax.device_put(arrays)
+def _to_device(arrays: Mapping[str, np.ndarray | Quantized], sharding: Any) -> dict[str, Any]:
+    if sharding is None:  # leaves that lie in one tensor have the same parts, which are to stay one
+        placed = jax.device_put({id(part): part for part in jax.tree.leaves(dict(arrays))})
+        return jax.tree.map(lambda part: placed[id(part)], dict(arrays))
 
-    def shard(path: str, array: np.ndarray) -> jax.Array:
+    placed: dict[Any, jax.Array] = {}
+
+    def put(part: np.ndarray, own: Any) -> jax.Array:
+        if (id(part), own) not in placed:
+            placed[id(part), own] = jax.make_array_from_callback(part.shape, own, lambda index: part[index])
+        return placed[id(part), own]
+
+    def shard(path: str, array: np.ndarray | Quantized) -> Any:
         own = sharding[path] if isinstance(sharding, dict) else sharding
-        return jax.make_array_from_callback(array.shape, own, lambda index: array[index])
+        own = quantized.shardings(path, array, own) if isinstance(array, Quantized) else own
+        return jax.tree.map(put, array, own)
 
     return {path: shard(path, array) for path, array in arrays.items()}
 
@@ -430,6 +456,13 @@ def save(
     """
     check_format(format, verb="save")
     check(params, config)
+    if not quantized.has(params):
+        config = dataclasses.replace(config, quantization=None)
+    elif config.quantization is None or FORMATS[format].dialect != "pt":
+        raise ValueError(
+            f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
+            'save with the config that load gave, as "safetensors", or dequantize first'
+        )
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
     tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
     write_folder(
@@ -453,12 +486,13 @@ def as_written(
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    metadata = {**(metadata or {}), **dialects.metadata_of(config, names)}
+    metadata = dialects.metadata_of(config, names, metadata)
     return dialects.write(tensors, config, names), metadata, files
 
 
 def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
+    check_merged("save", params)
     flat = tree.flatten(params)
     return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 

@@ -114,6 +114,10 @@ def convert(
     dtype = None if dtype is None else check_dtype(dtype)
     opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
     config, planned = checkpoint.plan(opened)
+    if config.quantization is not None:
+        raise ValueError(
+            "convert: quantised checkpoints are not converted; copy the files, or load, dequantize and save the model"
+        )
     tensors, left_out = _renamed(opened.tensors, planned, config)
     wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None

@@ -41,6 +41,8 @@ def generate(
     prefix: Generated | None = None,
     keep_cache: bool = False,
     top_logprobs: int = 0,
+    experts: str | None = None,
+    attention: str = "xla",
 ) -> Generated:
     """Continues prompts, by the strategy that the options name, as in transformers.
 
@@ -73,13 +75,16 @@ def generate(
         prefix: what an earlier call with `keep_cache` has returned: `tokens` go on after it, and it is not read again.
         keep_cache: whether to return the cache.
         top_logprobs: how many of the likeliest tokens of each step to return with their log-probabilities.
+        experts: how a mixture runs its experts, as for `forward`.
+        attention: the kernel that reads the prompt, as for `forward`. Steps have XLA's: one token with all before it makes
+            few scores.
 
     Returns:
         A `Generated`.
 
     Raises:
         ValueError: an empty prompt, a row without a real token, tokens outside of the vocabulary, more tokens than
-            positions, sampling without a key, options that contradict each other.
+            positions, sampling without a key, options that contradict each other, a kernel that does not fit.
         NotImplementedError: an option that is not supported.
 
     Example:
@@ -92,7 +97,7 @@ def generate(
     """
     call = prepare(
         params, config, tokens, mask, max_new_tokens, key, options, decoder_tokens, decoder_mask, negative_tokens,
-        negative_mask, processors, stops, constraint, tokenizer, draft, prefix, keep_cache, top_logprobs,
+        negative_mask, processors, stops, constraint, tokenizer, draft, prefix, keep_cache, top_logprobs, experts, attention,
     )  # fmt: skip
     if call.guidance is not None:
         result = _with_host(call, call.guidance)
@@ -158,7 +163,7 @@ def stream(
 _OTHERS: dict[str, Any] = {
     "decoder_tokens": None, "decoder_mask": None, "negative_tokens": None, "negative_mask": None, "processors": (),
     "stops": (), "constraint": None, "tokenizer": None, "draft": None, "prefix": None, "keep_cache": False,
-    "top_logprobs": 0,
+    "top_logprobs": 0, "experts": None, "attention": "xla",
 }  # fmt: skip
 """The arguments of `generate` that `stream` passes on, with their defaults."""
 

@@ -32,6 +32,7 @@ SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has 
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def resolve(
@@ -107,6 +108,26 @@ def resolve(
             if _is_unreachable(error) and (folder := cached()) is not None:
                 return folder
             raise
+
+
+def resolve_adapter(source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> Path:
+    """As `resolve`, the local folder of an adapter of PEFT.
+
+    Args:
+        source: a folder or "owner/name".
+        subfolder: of the folder or repository.
+        options: `revision`, `cache_dir`, `token` and `local_files_only`, as of `resolve`.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if (name and path.exists()) or isinstance(source, os.PathLike) or not _is_id(name):
+        return resolve(source, subfolder=subfolder)
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    with _errors("load", name, options.get("revision") or "main", options.get("token")):
+        wanted = [glob.escape(prefix + file) for file in ADAPTER]
+        return Path(snapshot_download(name, allow_patterns=wanted, **options)) / prefix
 
 
 def push(

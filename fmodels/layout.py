@@ -7,19 +7,23 @@ work on numpy arrays, on jax arrays, and on tracers inside of `jit`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from fmodels import schema, tree
+from fmodels.arrays import Quantized
 from fmodels.models import Config, family
 from fmodels.transforms._leaves import stack
+from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
-from fmodels.weights import rules
+from fmodels.weights import Tensor, quantized, rules
 from fmodels.weights.rules import Place
 
 logger = logging.getLogger("fmodels")
@@ -42,6 +46,95 @@ class Plan:
     module: bool
 
 
+class LoadingInfo(NamedTuple):
+    """How the tensors of a checkpoint and those of a model differ.
+
+    Attributes:
+        missing: names, as files have them, of the tensors that the model has and the checkpoint has not.
+        unexpected: names in the checkpoint of what the model has not: other heads, and what no rule matches.
+        mismatched: name in the checkpoint -> its shape, and the shape that the config says.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def loading_info(shapes: Mapping[str, tuple[int, ...]], config: Config) -> LoadingInfo:
+    """What `load` would find missing, unexpected and of another shape.
+
+    Args:
+        shapes: name on disk -> shape.
+        config: the config.
+
+    Example:
+        >>> import fmodels as fm
+        >>> params, config = fm.load(fm.assets.TINY_LLAMA)
+        >>> shapes = {name: a.shape for name, a in fm.to_disk(params, config).items()}
+        >>> shapes["extra"] = shapes.pop("model.norm.weight")
+        >>> info = fm.loading_info(shapes, config)
+        >>> info.missing, info.unexpected, info.mismatched
+        (['model.norm.weight'], ['extra'], {})
+    """
+    match = _match(shapes, config)
+    return LoadingInfo(list(match.missing), [*match.dropped, *match.unknown], match.mismatched)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    """Which tensors have a place, by the place's name, and what has none; see `Plan` and `LoadingInfo`."""
+
+    weights: rules.Weights
+    places: dict[str, Place]
+    found: dict[str, str]
+    tied: list[tuple[str, str]]
+    dropped: dict[str, list[str]]
+    unknown: list[str]
+    twice: list[tuple[str, str]]
+    missing: dict[str, Place]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def _match(shapes: Mapping[str, tuple[int, ...]], config: Config) -> _Match:
+    weights = family(config).weights.of_names(shapes, config)
+    places, others = weights.places(config), weights.places_of_other_tasks(config)
+    repeats = weights.repeats(config, every=True)
+    found: dict[str, str] = {}
+    tied: list[tuple[str, str]] = []
+    dropped: dict[str, list[str]] = {}
+    unknown: list[str] = []
+    twice: list[tuple[str, str]] = []
+    for name in shapes:
+        spellings = weights.spellings(name, config)
+        match = next((s for s in spellings if s in places), None)
+        if match is not None:
+            if match in found:
+                twice.append((name, found[match]))
+            found[match] = name
+        elif (repeat := next((s for s in spellings if s in repeats), None)) is not None:
+            tied.append((name, repeats[repeat]))
+        elif weights.is_ignored(name):
+            continue
+        elif any(s in others for s in spellings):
+            dropped[name] = spellings
+        else:
+            unknown.append(name)
+    for absent, stand_in in weights.fallbacks.items():
+        if absent in places and absent not in found:
+            other = next((name for name, spellings in dropped.items() if stand_in in spellings), None)
+            if stand_in in found:
+                found[absent] = found.pop(stand_in)
+            elif other is not None:
+                found[absent] = other
+                del dropped[other]
+    missing = {n: p for n, p in places.items() if n not in found and not p.rule.optional}
+    wanted = {name: rules.disk_shape(places[name].rule, places[name].sizes(config)) for name in found}
+    mismatched = {
+        disk: (tuple(shapes[disk]), wanted[name]) for name, disk in found.items() if tuple(shapes[disk]) != wanted[name]
+    }
+    return _Match(weights, places, found, tied, dropped, unknown, twice, missing, mismatched)
+
+
 def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: bool = False, what: str = "load") -> Plan:
     """Finds the place of every tensor.
 
@@ -54,38 +147,13 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
     Raises:
         ValueError: tensors are missing, unexpected, there twice, or of another shape; all are listed.
     """
-    own = family(config).weights
-    weights = own.of_names(shapes, config)
-    places, others = weights.places(config), weights.places_of_other_tasks(config)
-    repeats = weights.repeats(config, every=True)
-    found: dict[str, str] = {}
-    tied: list[tuple[str, str]] = []
-    dropped: dict[str, list[str]] = {}
-    problems: list[str] = []
-    for name, shape in shapes.items():
-        spellings = weights.spellings(name, config)
-        match = next((s for s in spellings if s in places), None)
-        if match is not None:
-            if match in found:
-                problems.append(f"{name!r} and {found[match]!r} are the same tensor under two names")
-            found[match] = name
-        elif (repeat := next((s for s in spellings if s in repeats), None)) is not None:
-            tied.append((name, repeats[repeat]))
-        elif weights.is_ignored(name):
-            continue
-        elif any(s in others for s in spellings):
-            dropped[name] = spellings
-        else:
-            problems.append(f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shape)}")
-    for absent, stand_in in weights.fallbacks.items():
-        if absent in places and absent not in found:
-            other = next((name for name, spellings in dropped.items() if stand_in in spellings), None)
-            if stand_in in found:
-                found[absent] = found.pop(stand_in)
-            elif other is not None:
-                found[absent] = other
-                del dropped[other]
-    missing = {n: p for n, p in places.items() if n not in found and not p.rule.optional}
+    match = _match(shapes, config)
+    places, found, missing, dropped = match.places, match.found, match.missing, match.dropped
+    problems = [f"{name!r} and {other!r} are the same tensor under two names" for name, other in match.twice]
+    problems += [
+        f"no rule of {config.model_type} ({config.task}) matches {name!r} {list(shapes[name])}"
+        for name in match.unknown
+    ]
     heads = {n: p for n, p in missing.items() if p.rule.tasks is not None}
     if not new_head or len(missing) > len(heads):
         problems += [f"missing {name!r}" for name in missing]
@@ -94,11 +162,10 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
                 f"the missing tensors are all of the head; pass task={config.task!r} and key=jax.random.key(0) to start a new one, "
                 "or task='base' to load the model without it"
             )
-    for name, disk in found.items():
-        place = places[name]
-        want = rules.disk_shape(place.rule, place.sizes(config))
-        if tuple(shapes[disk]) != want:
-            problems.append(f"{disk!r} has shape {list(shapes[disk])}, expected {list(want)} by config.json")
+    problems += [
+        f"{name!r} has shape {list(shape)}, expected {list(want)} by config.json"
+        for name, (shape, want) in match.mismatched.items()
+    ]
     if problems:
         raise ValueError(
             f"{what}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems[:200]) + _more(problems)
@@ -112,7 +179,10 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
             ", ".join(dropped),
         )
     return Plan(
-        {found[n]: places[n] for n in places if n in found}, missing if new_head else {}, tied, weights is not own
+        {found[n]: places[n] for n in places if n in found},
+        missing if new_head else {},
+        match.tied,
+        match.weights is not family(config).weights,
     )
 
 
@@ -141,17 +211,34 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
         >>> bool((again["embed"]["tokens"] == params["embed"]["tokens"]).all())
         True
     """
-    planned = plan({name: tuple(a.shape) for name, a in tensors.items()}, config, what="from_disk")
+    if config.quantization is None:
+        described: Mapping[str, Any] = tensors
+    else:
+        lazy = {n: Tensor.lazy(n, a.dtype, a.shape, functools.partial(np.asarray, a)) for n, a in tensors.items()}
+        described = quantized.join(lazy, json.loads(config.quantization))
+    planned = plan({name: tuple(a.shape) for name, a in described.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
     experts: dict[str, list[Any]] = {}
+    packed: dict[rules.Rule, list[tuple[quantized.Packed, Place]]] = {}
     for name, place in planned.tensors.items():
         where = place.leaves(stacked=False)
+        if isinstance(tensor := described[name], quantized.Packed):
+            packed.setdefault(place.rule, []).append((tensor, place))
+            continue
         for path, leaf in rules.from_disk(place.rule, tensors[name], place.sizes(config)).items():
             if place.expert is None:
                 leaves[where[path]] = leaf
             else:  # they come in order
                 experts.setdefault(where[path], []).append(leaf)
-    params = tree.unflatten({**leaves, **{path: stack(*parts) for path, parts in experts.items()}})
+    leaves |= {path: stack(*parts) for path, parts in experts.items()}
+    for rule, members in packed.items():
+        found = quantized.leaves(rule, members, members[0][1].sizes(config), stacked=False, dtype=None)
+        if both := found.keys() & leaves.keys():
+            raise ValueError(
+                f"from_disk: experts of {min(both)!r} are quantised and others are not; dequantise all of them"
+            )
+        leaves |= found
+    params = tree.unflatten(leaves)
     return stack_layers(params) if check_layers(layers) and not schema.is_ragged(config) else params
 
 
@@ -172,8 +259,9 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
         module: give those of the `state_dict`, where transformers saves others.
 
     Raises:
-        ValueError: the tree does not fit the config.
+        ValueError: the tree does not fit the config, or has adapters that are not merged.
     """
+    check_merged("to_disk", params)
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
     weights = family(config).weights
@@ -181,6 +269,10 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
     tensors: dict[str, Any] = {}
     for name, (place, source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or place.layer is None else place.leaves(stacked=False)
+        if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
+            parts = quantized.split(name, leaf, place.index(stacked=stacked))
+            tensors |= {part: tensor.array() for part, tensor in parts.items()}
+            continue
         leaves = {path: place.part(flat[where[path]], stacked=stacked) for path in place.rule.leaves}
         numpy = all(isinstance(leaf, np.ndarray) for leaf in leaves.values())
         tensors[name] = rules.to_disk(place.rule, leaves, np.concatenate if numpy else jnp.concatenate)

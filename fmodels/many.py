@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fmodels import programs
+from fmodels.arrays import check_rows
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
@@ -50,6 +51,8 @@ def generate_many(
     stops: Sequence[Predicate] = (),
     constraint: Any = None,
     tokenizer: Any = None,
+    experts: str | None = None,
+    attention: str = "xla",
 ) -> list[Continuation]:
     """Continues thousands of prompts of any length, greedily or by sampling.
 
@@ -69,6 +72,8 @@ def generate_many(
         stops: as for `generate`.
         constraint: as for `generate`, one or one for each prompt.
         tokenizer: as for `generate`.
+        experts: as for `generate`.
+        attention: as for `generate`.
 
     Returns:
         A `Continuation` for each prompt, in their order.
@@ -84,6 +89,7 @@ def generate_many(
     """
     if batch_size < 1:
         raise ValueError(f"generate_many: batch_size is at least 1; got {batch_size}")
+    check_rows("generate_many", params, None)
     rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
     if empty := [i for i, row in enumerate(rows) if not row.size]:
         raise ValueError(f"generate_many: prompts {empty} have no tokens; give each at least one")
@@ -96,7 +102,7 @@ def generate_many(
         tokens[i, place], mask[i, place] = row, True
     call = prepare(
         params, config, tokens, mask, max_new_tokens, key, options, None, None, None, None, processors, stops,
-        constraint, tokenizer, None, None, False, 0,
+        constraint, tokenizer, None, None, False, 0, experts, attention,
     )  # fmt: skip
     if call.plan.strategy != "sample" or call.plan.sequences > 1 or call.plan.guided or call.max_time or call.guidance:
         raise ValueError(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import schema, strategies
+from fmodels.arrays import check_rows
 from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
@@ -18,6 +19,8 @@ from fmodels.generation.sample import Ask, Predicate
 from fmodels.generation.synthid import SynthID
 from fmodels.generation.watermark import Watermark, settings
 from fmodels.models import Config
+from fmodels.nn.experts import check_how
+from fmodels.nn.kernels import check as check_kernel
 from fmodels.programs import Inputs, Plan
 from fmodels.schema import LM_TASKS
 from fmodels.types import Array, Cache, Key, Params
@@ -110,6 +113,8 @@ def prepare(
     prefix: Generated | None,
     keep_cache: bool,
     top_logprobs: int,
+    experts: str | None,
+    attention: str,
 ) -> Call:
     """The call of `generate` with these arguments; raises what it raises."""
     encoder_decoder = _check_task(config)
@@ -119,6 +124,12 @@ def prepare(
     if first.output_attentions and schema.is_ragged(config):
         raise ValueError(
             "generate: output_attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+        )
+    if experts is not None and not hasattr(config, "num_experts"):
+        raise ValueError(f"generate: {config.model_type} has no experts; leave experts out")
+    if check_kernel(attention, "generate") != "xla" and first.output_attentions:
+        raise ValueError(
+            f"generate: attention={attention!r} has no weights to return; leave attention or output_attentions out"
         )
     eos = first.eos_token_ids or config.eos_token_ids
     pad = first.pad_token_id if first.pad_token_id is not None else config.pad_token_id
@@ -188,6 +199,8 @@ def prepare(
         guided=inputs.guidance is not None,
         keep_cache=keep_cache,
         quantized=first.cache_implementation == "quantized",
+        experts=None if experts is None else check_how(experts, "generate"),
+        attention=attention,
     )
     key = jax.random.key(0) if key is None else typed(key)
     return Call(prompt, present, read.shape[1], (params, config, plan, inputs, arrays, key), first.max_time, guidance)
@@ -224,6 +237,7 @@ def _check_prompt(params: Params, tokens: Any, mask: Any, name: str) -> tuple[np
             f"generate: {name} reach from {prompt.min()} to {prompt.max()}, outside of the vocabulary 0 … {vocabulary - 1}; "
             "see resize_embeddings"
         )
+    check_rows("generate", params, prompt.shape[0])
     present = None if mask is None else np.asarray(mask)
     if present is not None and present.shape != prompt.shape:
         raise ValueError(f"generate: mask has shape {present.shape}, {name} have {prompt.shape}")
@@ -433,14 +447,14 @@ def _automata(
 def _watermark(options: GenerationConfig, strategy: str) -> Watermark | SynthID | None:
     if options.watermarking_config is None:
         return None
-    if strategy not in ("sample", *strategies.BEAMS):
+    if strategy in ("contrastive", "dola"):
         raise NotImplementedError(
             f"generate: watermarking_config is not supported with {strategy}; leave one of them out"
         )
     watermark = settings(dict(options.watermarking_config))
-    if isinstance(watermark, SynthID) and strategy != "sample":
+    if isinstance(watermark, SynthID) and strategy in strategies.BEAMS:
         raise NotImplementedError(
-            f"generate: SynthID (watermarking_config with keys) is not supported with {strategy}, only for greedy decoding and "
-            "sampling; leave one of them out"
+            f"generate: SynthID (watermarking_config with keys) is not supported with {strategy}, only for greedy decoding, "
+            "sampling and speculation; leave one of them out"
         )
     return watermark

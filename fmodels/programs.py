@@ -15,6 +15,7 @@ from fmodels.generation.sample import NOTHING, Ask, Predicate, is_end
 from fmodels.generation.strategy import Model, Result, Start, Strategy
 from fmodels.models import Config, family
 from fmodels.models._base import logits_of
+from fmodels.nn import kernels
 from fmodels.nn.cache import grow, init_cache, put_rows, rings, set_rows
 from fmodels.nn.positions import from_mask
 from fmodels.strategies import maker
@@ -38,6 +39,8 @@ class Plan:
         guided: whether a second text is read along.
         keep_cache: whether the cache is returned.
         quantized: whether keys and values are kept in 8 bits.
+        experts: how experts are run, in models that have some; None for the platform's own way.
+        attention: the kernel that reads prompts.
     """
 
     strategy: str = "sample"
@@ -51,6 +54,8 @@ class Plan:
     guided: bool = False
     keep_cache: bool = False
     quantized: bool = False
+    experts: str | None = None
+    attention: str = "xla"
 
 
 class Inputs(NamedTuple):
@@ -84,18 +89,19 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
     forward, encode = family(config).forward, getattr(family(config), "encode", None)
     cross = None
     if inputs.encoder_tokens is not None and encode is not None:
-        cross = encode(params, config, inputs.encoder_tokens, mask=inputs.encoder_mask)
+        with kernels.using(plan.attention):
+            cross = encode(params, config, inputs.encoder_tokens, mask=inputs.encoder_mask)
+    experts = {} if plan.experts is None or not hasattr(config, "num_experts") else {"experts": plan.experts}
 
     def run(tokens: Array, mask: Array | None, positions: Array, cache: Cache, **want: Any) -> Output:
         if cache.cross is None:
-            return forward(params, config, tokens, mask=mask, positions=positions, cache=cache, **want)
+            return forward(params, config, tokens, mask=mask, positions=positions, cache=cache, **experts, **want)
         if "positions" in params["decoder"].get("embed", params["embed"]):  # else it counts distances
             want["positions"] = positions
         return forward(params, config, None, decoder_tokens=tokens, decoder_mask=mask, cache=cache, **want)
 
-    # What is kept, or came from an earlier call, may have padding between tokens: no rings for that.
-    ahead = dict(plan.settings).get("tokens", 0)
-    ring = config if inputs.cache is None and not plan.keep_cache else None
+    # Guesses are taken back, and the token that contrastive search has read at the end.
+    ahead = dict(plan.settings).get("tokens", int(plan.strategy == "contrastive"))
 
     def prefill(tokens: Array, mask: Array, slots: int, *, before: Cache | None = None, **want: Any) -> Output:
         chunk = plan.chunk
@@ -105,17 +111,15 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             out = prefill(tokens, mask, slots + more, before=before, **want)
             return out if out.hidden is None else out._replace(hidden=out.hidden[:, more:])
         batch, width = tokens.shape
-        if before is None and chunk is None:  # the prompt attends to itself alone, not to the room for what is to come
+        columns = slots if before is None else before.mask.shape[1] + slots
+        sizes = rings(params, config, columns, ahead=ahead)
+        if before is not None:
+            cache = grow(before, columns, sizes)
+        elif chunk is None:  # the prompt attends to itself alone, not to the room for what is to come
             cache = init_cache(params, batch, width, quantized=plan.quantized)._replace(cross=cross)
         else:
-            cache = (
-                init_cache(params, batch, slots, quantized=plan.quantized, config=ring, ahead=ahead)._replace(
-                    cross=cross
-                )
-                if before is None
-                else before
-            )
-            cache = grow(cache, (0 if before is None else before.mask.shape[1]) + slots)
+            cache = init_cache(params, batch, slots, quantized=plan.quantized, config=config, ahead=ahead)
+            cache = cache._replace(cross=cross)
         positions = from_mask(mask) + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
         last = jnp.full(batch, (chunk or width) - 1, jnp.int32)
         if chunk is None or width <= chunk:
@@ -135,8 +139,7 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
             if outs.hidden is not None:
                 out = out._replace(hidden=outs.hidden.swapaxes(0, 1).reshape(batch, width, -1))
         assert out.cache is not None
-        sizes = None if ring is None else rings(params, ring, slots, ahead=ahead)
-        return out._replace(cache=grow(out.cache, slots, sizes))
+        return out._replace(cache=grow(out.cache, columns, sizes))
 
     def decode(tokens: Array, positions: Array, cache: Cache, mask: Array | None = None, **want: Any) -> Output:
         return run(tokens, mask, positions, cache, **want)
@@ -145,7 +148,12 @@ def bind(params: Params, config: Config, plan: Plan, inputs: Inputs) -> Model:
         return logits_of(params, config, hidden)
 
     table = params["embed"].get("positions")
-    model = Model(prefill, decode, head, None if table is None else table.shape[0])
+
+    def prefill_by_kernel(*args: Any, **want: Any) -> Output:
+        with kernels.using(plan.attention):
+            return prefill(*args, **want)
+
+    model = Model(prefill_by_kernel, decode, head, None if table is None else table.shape[0])
     return _guided(model, inputs) if plan.guided else model
 
 

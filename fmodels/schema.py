@@ -408,6 +408,8 @@ def measured(params: Params) -> dict[str, set[int]]:
 def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     """A tree of `PartitionSpec` from a rule per letter; a mesh axis is used once per leaf, by its first letter.
 
+    A quantised leaf has one for each of its parts.
+
     Args:
         params: a tree of arrays or of `ShapeDtypeStruct`.
         mesh_axes: letter -> mesh axis, such as `{"h": "model", "g": "model", "f": "model", "v": "model"}`; that of `d` is
@@ -421,7 +423,7 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
     """
     mesh_axes = {**{letter: mesh_axes[other] for letter, other in LIKE.items() if other in mesh_axes}, **mesh_axes}
 
-    def spec(path: str, leaf: Any) -> PartitionSpec:
+    def spec(path: str, leaf: Any) -> Any:
         used: set[str] = set()
         names: list[str | None] = []
         for letter in axes(path):
@@ -429,6 +431,6 @@ def partition(params: Params, mesh_axes: Mapping[str, str]) -> Params:
             names.append(None if name in used else name)
             if name is not None:
                 used.add(name)
-        return PartitionSpec(*names)
+        return leaf.partition(names) if hasattr(leaf, "partition") else PartitionSpec(*names)
 
     return tree.map_leaves(spec, params)

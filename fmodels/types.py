@@ -32,7 +32,8 @@ class Cache(NamedTuple):
 
     Attributes:
         keys: `(l b g s k)`, or a tuple of `(b g s k)` when layers differ in shape. Of layers with a window they may have
-            fewer slots than `mask`: a ring, in which column `c` of `mask` has the slot `c % s`.
+            fewer slots than `mask`: a ring, in which a row's real token number `n` has the slot `n % s`, and padding none.
+            Where some stacked layers have rings and some not, `nn.cache.Groups` of arrays.
         values: as `keys`.
         mask: `(b s)` bool, True where a slot holds a real token.
         length: int32, the number of slots written so far, which is the slot of the next token: `()` for all rows, or
@@ -89,17 +90,19 @@ class Output(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What `forward` returns of the layers, beside what they make; static.
+    """What `forward` returns of the layers, beside what they make, and what it keeps of them for the gradient; static.
 
     Attributes:
         hidden_states: the input of every layer.
         attentions: the weights of every attention.
         router_logits: what every router gave.
+        remat: whether the backward pass finds only the input of every layer and computes the rest again.
     """
 
     hidden_states: bool = False
     attentions: bool = False
     router_logits: bool = False
+    remat: bool = False
 
 
 NOTHING = Keep()

@@ -517,6 +517,13 @@ CASES = (
 )  # fmt: skip
 
 
+# Where the table of angles depends on the length of the text, keys that are cached were turned by another table, as in
+# transformers.
+CAUSAL = [c.name for c in CASES if c.task == "causal-lm" and not c.name.endswith("/long")]
+SEQ2SEQ = [c.name for c in CASES if c.task == "seq2seq-lm"]
+PAIRS = ["t5/seq2seq-lm", "bart/seq2seq-lm"]
+
+
 def by_name(name: str) -> Case:
     """The row with this name."""
     return next(case for case in CASES if case.name == name)
@@ -571,6 +578,12 @@ class Loaded:
             {"router_logits": True} if hasattr(config, "num_experts") else {}
         )
         return fm.forward(params, config, **given, **(asked | options))
+
+    def check(self, padding: str | None = None, **options: Any) -> None:
+        """Raises an AssertionError where `forward` departs from transformers."""
+        assert_equal(
+            self.forward(padding, **options), self.reference(padding), **self.masks(padding), causal=self.case.causal
+        )
 
 
 def build(case: Case) -> Any:

@@ -145,6 +145,35 @@ def test_tokens_equal_transformers(case, name, how):
     np.testing.assert_array_equal(np.asarray(got.tokens)[:, : want.shape[1]], want.numpy())
 
 
+def test_generation_runs_experts_as_it_is_told(case, monkeypatch):
+    loaded = case("qwen3_moe/causal-lm/mixed")
+    options = fm.GenerationConfig(pad_token_id=3, eos_token_id=60)
+    given = {"tokens": loaded.inputs()["tokens"], "max_new_tokens": 7, "options": options}
+    plain = fm.generate(loaded.params, loaded.config, **given, experts="dense").tokens
+    monkeypatch.delitem(experts.HOW, "dense")
+    np.testing.assert_array_equal(fm.generate(loaded.params, loaded.config, **given, experts="grouped").tokens, plain)
+    texts = [row.tolist() for row in given.pop("tokens")]
+    many = fm.generate_many(loaded.params, loaded.config, texts, **given, experts="grouped")
+    for text, found, one in zip(texts, many, np.asarray(plain), strict=True):
+        np.testing.assert_array_equal(found.tokens, one[len(text) : len(text) + len(found.tokens)])
+    with pytest.raises(
+        ValueError, match="generate: experts='sparse' is not a way to run experts; one of grouped, or None"
+    ):
+        fm.generate(loaded.params, loaded.config, [[5]], experts="sparse")
+    llama = case("llama/causal-lm")
+    with pytest.raises(ValueError, match="generate: llama has no experts"):
+        fm.generate(llama.params, llama.config, [[5]], experts="dense")
+
+
+def test_grouped_experts_under_vmap(case):
+    loaded = case("mixtral/causal-lm")
+    tokens = loaded.inputs()["tokens"]
+    rows = jax.vmap(lambda t: fm.forward(loaded.params, loaded.config, t[None], experts="dense").logits[0])(tokens)
+    np.testing.assert_allclose(rows, loaded.reference()["logits"], atol=1e-5)
+    with pytest.raises(NotImplementedError, match=r"forward: experts='grouped'.*vmap.*pass experts='dense'"):
+        jax.vmap(lambda t: fm.forward(loaded.params, loaded.config, t[None], experts="grouped").logits[0])(tokens)
+
+
 def test_latent_cache(case):
     """One vector and one rotated key for each token, of whatever precision."""
     loaded = case("deepseek_v3/base")

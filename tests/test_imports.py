@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {
-    **dict.fromkeys(["types", "schema", "tree", "arrays"], 0),
+    **dict.fromkeys(["types", "schema", "tree", "arrays", "codecs"], 0),
     **dict.fromkeys(["nn", "weights"], 1),
     **dict.fromkeys(["models", "transforms", "generation"], 2),
 }
 TOP = 3  # every other module of fmodels, and fmodels itself
 AT_IMPORT = {"jax", "jaxlib", "ml_dtypes", "numpy", "tqdm"}  # third parties that fmodels may import at its own import
 IN_FUNCTIONS = {
-    "flax", "h5py", "huggingface_hub", "llguidance", "matplotlib", "optax", "orbax", "psutil", "safetensors", "tensorflow",
+    "flax", "gguf", "h5py", "huggingface_hub", "llguidance", "matplotlib", "optax", "orbax", "psutil", "safetensors", "tensorflow",
     "tokenizers", "torch",
 }  # fmt: skip
 DERIVED_FROM = {

@@ -143,7 +143,35 @@ def test_other_platforms_and_names_are_refused(case):
             fm.forward(loaded.params, loaded.config, tokens, **given)
 
 
+@pytest.mark.parametrize("name", ["llama/causal-lm", "t5/seq2seq-lm"])
+def test_prompts_are_read_by_the_kernel(anywhere, case, monkeypatch, name):
+    loaded = case(name)
+    calls, kernel = [], kernels.KERNELS["cudnn"]
+    monkeypatch.setitem(
+        kernels.KERNELS, "cudnn", lambda *args, **rest: calls.append(args[0].shape) or kernel(*args, **rest)
+    )
+    given = {k: x for k, x in loaded.inputs("left").items() if k in ("tokens", "mask")}
+    options = fm.GenerationConfig(pad_token_id=3, eos_token_id=60)
+    want = loaded.model.generate(
+        torch.tensor(given["tokens"], dtype=torch.long), attention_mask=torch.tensor(given["mask"]), max_new_tokens=7,
+        do_sample=False, pad_token_id=3, eos_token_id=60,
+    )  # fmt: skip
+    got = fm.generate(
+        loaded.params, loaded.config, given.pop("tokens"), **given, max_new_tokens=7, options=options, attention="cudnn"
+    )
+    tokens = got.tokens
+    np.testing.assert_array_equal(tokens, want)
+    assert calls
+    # Prompts and what encoders read are in buckets of 16; T5's decoder begins with one token.
+    assert {shape[1] for shape in calls} == ({16} if name.startswith("llama") else {16, 1})
+
+
 def test_kernels_have_no_weights_to_return(anywhere, case):
     loaded = case("llama/causal-lm")
+    options = fm.GenerationConfig(output_attentions=True)
+    with pytest.raises(ValueError, match="generate: attention='cudnn' has no weights to return"):
+        fm.generate(loaded.params, loaded.config, [[5]], options=options, attention="cudnn")
+    with pytest.raises(ValueError, match="generate: attention='flash' is not a kernel"):
+        fm.generate(loaded.params, loaded.config, [[5]], attention="flash")
     with pytest.raises(ValueError, match="attention='cudnn' has no weights to return"):
         fm.forward(loaded.params, loaded.config, np.full((1, 4), 5), attention="cudnn", attentions=True)

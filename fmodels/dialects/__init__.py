@@ -1,8 +1,8 @@
 """The names that other frameworks give to the same tensors: between their files and those of PyTorch's transformers.
 
 A dialect is a module with `read(tensors, config)`, which gives the names and axes of PyTorch's files, and its inverse
-`write(tensors, config)`; both are lazy. One whose files say what model they hold has `config(metadata, *, task)` and
-`metadata(config)` as well.
+`write(tensors, config)`; both are lazy. One whose files say what model they hold has `config(metadata, tensors, *, task)` and
+`metadata(config, given)` as well.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ DIALECTS: dict[str, str | None] = {
     "pt": None,
     "mlx": None,
     "fmodels": "tree",
+    "flax": "flax",
     "tf": "tensorflow",
     "tf-original": "tensorflow_original",
+    "gguf": "gguf",
 }
 """Name, as in the metadata of safetensors -> module here; None where the names are PyTorch's."""
 
@@ -45,16 +47,31 @@ def write(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str,
     return dict(tensors) if module is None else module.write(tensors, config)
 
 
-def config_of(metadata: Mapping[str, Any], *, task: str | None = None) -> Config | None:
-    """The config that a file's metadata hold, for the dialects whose files hold one."""
+def read_arrays(arrays: Mapping[str, Any], config: Config, name: str) -> dict[str, Any]:
+    """`read` for arrays, of any library that has `dtype`, `shape` and `T`, or for what JAX traces."""
+    return {key: tensor.array() for key, tensor in read(_tensors(arrays), config, name).items()}
+
+
+def write_arrays(arrays: Mapping[str, Any], config: Config, name: str) -> dict[str, Any]:
+    """The inverse of `read_arrays`."""
+    return {key: tensor.array() for key, tensor in write(_tensors(arrays), config, name).items()}
+
+
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: Tensor.lazy(key, array.dtype, array.shape, lambda array=array: array) for key, array in arrays.items()}
+
+
+def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, task: str | None = None) -> Config | None:
+    """The config that a file's metadata, and which tensors it has, hold, for the dialects whose files hold one."""
     module = _module(metadata.get("format", "pt"))
-    return module.config(metadata, task=task) if hasattr(module, "config") else None
+    return module.config(metadata, tensors, task=task) if hasattr(module, "config") else None
 
 
-def metadata_of(config: Config, name: str) -> dict[str, Any]:
-    """The metadata of a file that holds a model with this config."""
+def metadata_of(config: Config, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The metadata of a file that holds a model with this config, and what `given` has beside."""
     module = _module(name)
-    return {"format": name, **(module.metadata(config) if hasattr(module, "metadata") else {})}
+    own = module.metadata(config, given) if hasattr(module, "metadata") else given or {}
+    return {**own, "format": name}
 
 
 def has_own_metadata(source: str, target: str) -> bool:

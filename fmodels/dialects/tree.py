@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from fmodels import schema
+from fmodels.arrays import Quantized
 from fmodels.models import Config, family
-from fmodels.weights import Tensor, rules
+from fmodels.weights import Tensor, quantized, rules
 from fmodels.weights.rules import Place, Weights
 
 
@@ -42,6 +43,9 @@ def from_leaves(
         if not all(path in flat for path in where.values()):
             continue
         used |= set(where.values())
+        if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
+            found |= quantized.split(name, leaf, place.index(stacked=stacked))
+            continue
 
         def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:
             leaves = {leaf: place.part(fetch(where[leaf]), stacked=stacked) for leaf in place.rule.leaves}

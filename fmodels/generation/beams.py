@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmodels.arrays import largest
 from fmodels.generation import history as said
 from fmodels.generation.history import History
 from fmodels.generation.options import Options, Processor
@@ -122,7 +123,7 @@ def beam_search(
         trail = extend(running.trail, parent, token, logprobs[row, token], row)
 
         state = settle(state, trail, scores, hits & (jnp.arange(candidates) < k)[None])
-        scores, place = jax.lax.top_k(jnp.where(hits, scores + LOW, scores), k)
+        scores, place = largest(jnp.where(hits, scores + LOW, scores), k)
         running = running._replace(
             history=said.take_rows(history, rows_of(place, candidates).reshape(-1)),
             parents=take(row, place).reshape(-1),
@@ -140,13 +141,13 @@ def beam_search(
         everything = (logprobs + state.running.scores.reshape(-1, 1)).reshape(batch, -1)
 
         def likeliest() -> tuple[Array, Array]:
-            scores, index = jax.lax.top_k(everything, candidates)
+            scores, index = largest(everything, candidates)
             return scores, index.astype(jnp.int32)
 
         def drawn() -> tuple[Array, Array]:
             keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.running.steps)
             noise = jax.vmap(lambda key: jax.random.gumbel(key, everything.shape[1:]))(keys)
-            order = jax.lax.top_k(jnp.where(rows.sample[:, None], everything + noise, everything), candidates)[1]
+            order = largest(jnp.where(rows.sample[:, None], everything + noise, everything), candidates)[1]
             return jnp.take_along_axis(everything, order, axis=1), order.astype(jnp.int32)
 
         return jax.lax.cond(rows.sample.any(), drawn, likeliest)
@@ -163,7 +164,7 @@ def beam_search(
         full = state.ended.all(-1) & (early_stopping == ENOUGH)
         allowed = ended & (state.hopeful & ~full)[:, None]
         scores = jnp.where(allowed, by_length(scores, trail.length, length_penalty), -jnp.inf)
-        scores, place = jax.lax.top_k(jnp.concatenate([state.scores, scores], axis=1), k)
+        scores, place = largest(jnp.concatenate([state.scores, scores], axis=1), k)
         found, ended = take(beside((state.found, state.ended), (trail, allowed)), place)
         return state._replace(found=found, scores=scores, ended=ended)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fmodels.arrays import largest
 from fmodels.types import Array, Key
 
 CANDIDATES = 256
@@ -125,7 +126,7 @@ def _eta_cutoff(ordered: _Ordered, epsilon: Array, keep: int) -> _Ordered:
 
 def _below(ordered: _Ordered, logs: Array, least: Array, keep: int) -> _Ordered:
     # After typical_p the kept ones need not come first: what is never dropped is found by value.
-    floor = jax.lax.top_k(ordered.values, min(keep, ordered.values.shape[1]))[0][:, -1:]
+    floor = largest(ordered.values, min(keep, ordered.values.shape[1]))[0][:, -1:]
     drop = (jnp.exp(logs) < least[:, None]) & (ordered.values < floor)
     return ordered._replace(values=jnp.where(drop, -jnp.inf, ordered.values))
 
@@ -224,7 +225,7 @@ def draw(logits: Array, warp: Warp, key: Key, mark: Mark | None = None) -> tuple
     def likeliest(values: Array, tokens: Array) -> tuple[Array, Array]:
         values = values if mark is None else mark(values, tokens)
         # Not argmax: XLA's CPU backend would make the noise within the loop that looks for the largest, number by number.
-        place = jax.lax.top_k(values + gumbel(keys, tokens), 1)[1]
+        place = largest(values + gumbel(keys, tokens), 1)[1]
         token, value = (jnp.take_along_axis(x, place, axis=-1)[:, 0] for x in (tokens, values))
         return token, value - jax.nn.logsumexp(values, axis=-1)
 
@@ -233,7 +234,7 @@ def draw(logits: Array, warp: Warp, key: Key, mark: Mark | None = None) -> tuple
 
     def of_few() -> tuple[Array, Array]:
         # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
-        values, tokens = jax.lax.optimization_barrier(jax.lax.top_k(logits, size))
+        values, tokens = jax.lax.optimization_barrier(largest(logits, size))
         tokens = tokens.astype(jnp.int32)
         last = values[:, -1:]
         ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them

@@ -3,7 +3,9 @@
 The token of each place is taken as `sample` takes it: the likeliest, or the one that the noise of the row's key and of the
 place makes win. A guess holds where it is that token, and the first that fails is replaced by it. So what comes out is what
 `sample` makes with the same key, whatever the guesses are: speculation changes how often the model is called, and nothing
-else. A draft model guesses with the same noise, and so agrees as often as its distribution resembles the model's.
+else. A draft model guesses with the same noise, and so agrees as often as its distribution resembles the model's. Watermarks
+are no exception: the text bears the mark that it would bear without guesses. (So does transformers' with lists of green
+tokens; its SynthID also remembers the contexts of guesses that did not hold, and makes another text.)
 
 Source: Leviathan et al. 2023 and Chen et al. 2023, with the coupling of Daliri et al. 2025 ("Coupling without
 communication and drafter-invariant speculative decoding") in the place of rejection sampling: where two distributions have

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from fmodels import schema, tree
+from fmodels.models._gguf import Gguf
 from fmodels.nn.embeddings import lm_logits
 from fmodels.nn.linear import ACTIVATIONS, linear
 from fmodels.nn.positions import last_real
 from fmodels.types import Array, Cache, Cross, Key, Output, Params
+from fmodels.weights.methods import check_options
 from fmodels.weights.rules import Weights
 
 IRRELEVANT = frozenset(
@@ -38,8 +40,8 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "is_decoder": (False,),
     "per_layer_config": (None, {}),
-    "tie_last_hidden_states": (None,),
     "quantization_config": (None,),
+    "tie_last_hidden_states": (None,),
     "rope_interleaved": (None, False),
     "tf_legacy_loss": (False,),
     "layer_types": (None,),
@@ -80,6 +82,7 @@ class Config:
         pooling: how a sentence-transformers folder pools hidden states into a vector (`"mean"`, `"cls"`, …), or None.
         normalize: whether that vector is scaled to length 1, or None.
         module_names: whether its files have the tensors of PyTorch's module where transformers saves others.
+        quantization: the `quantization_config` of a quantised checkpoint, as JSON, or None.
     """
 
     task: str = "base"
@@ -106,6 +109,7 @@ class Config:
     pooling: str | None = dataclasses.field(default=None, compare=False)
     normalize: bool | None = dataclasses.field(default=None, compare=False)
     module_names: bool = dataclasses.field(default=False, compare=False, repr=False)
+    quantization: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     model_type: ClassVar[str]
     HF: ClassVar[Mapping[str, str]]
@@ -118,6 +122,10 @@ class Config:
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    gguf: ClassVar[Gguf | None] = None
+    """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
+    norm: ClassVar[str] = "layer"
+    """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 
@@ -236,6 +244,9 @@ class Config:
                 fields[key] = tuple(
                     sorted((int(l), tuple(sorted(map(int, hs)))) for l, hs in (value or {}).items() if hs)
                 )
+            elif key == "quantization_config" and value is not None:
+                problems += [f"{key}: {problem}" for problem in check_options(value)]
+                fields["quantization"] = json.dumps(value)
             elif key in cls.IRRELEVANT or key in IRRELEVANT or value in {**DEFAULTS, **cls.DEFAULTS}.get(key, ()):
                 extra.append((key, json.dumps(value)))
             elif key in {**DEFAULTS, **cls.DEFAULTS}:
@@ -297,6 +308,8 @@ class Config:
             data["label2id"] = {name: i for i, name in enumerate(names)}
         if self.pruned_heads:
             data["pruned_heads"] = {str(layer): list(gone) for layer, gone in self.pruned_heads}
+        if self.quantization is not None:
+            data["quantization_config"] = json.loads(self.quantization)
         for key, value in self.extra:
             data.setdefault(key, json.loads(value))
         return data

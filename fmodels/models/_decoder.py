@@ -1,4 +1,4 @@
-"""What the decoders after Llama have in common: their configs, their layers, and the names of their weights.
+"""What the decoders after Llama have in common: their layers and the names of their weights; their configs are beside.
 
 A layer is read off its tree: norms before the blocks, behind them or both; norms of queries and keys; gates; biases. What no
 tree can say is a property of the config.
@@ -8,251 +8,35 @@ Source: Touvron et al. 2023; matches transformers' `modeling_llama` and what was
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from fmodels import schema
 from fmodels.arrays import take
-from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, decoder_head, init_normal
-from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
+from fmodels.models._decoder_config import Config as Config
+from fmodels.models._decoder_config import Kind as Kind
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, with_slopes
+from fmodels.nn.cache import slots_of
 from fmodels.nn.embeddings import embed
-from fmodels.nn.experts import Gate, Routing, moe
+from fmodels.nn.experts import Gate, moe
 from fmodels.nn.latent import latent_attention
 from fmodels.nn.linear import linear
 from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm, rms_norm, rms_norm_plus_one
-from fmodels.nn.positions import Rope, of_call, rope_tables, sinusoids
+from fmodels.nn.positions import of_call, rope_tables, sinusoids
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import Rule, TensorFlow, Weights
+from fmodels.weights.rules import FLAX, Flax, Rule, TensorFlow, Weights
 
 NORMS: dict[str, Callable[[Params, Array, float], Array]] = {
     "rms": rms_norm,
     "rms-plus-one": rms_norm_plus_one,
     "layer": layer_norm,
 }
-
-
-class Kind(NamedTuple):
-    """What is special about the attention of a layer.
-
-    Attributes:
-        window: how many tokens it sees, or None for all.
-        rope: its rotary settings, or None for no positions.
-    """
-
-    window: int | None
-    rope: Rope | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(BaseConfig):
-    """The config of a rotary decoder; the defaults are Llama 7B's.
-
-    Attributes:
-        attention_bias: whether queries, keys and values have biases.
-        mlp_bias: whether the feed-forward block has.
-        rope: rotary settings.
-        sliding_window: how many tokens a layer with a window sees.
-        layer_types: of each layer, `"full_attention"` or `"sliding_attention"`; None for the family's own pattern.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    max_positions: int = 2048
-    norm_eps: float = 1e-6
-    activation: str = "silu"
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    rope: Rope = Rope()
-    sliding_window: int | None = None
-    layer_types: tuple[str, ...] | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
-
-    HF: ClassVar[Mapping[str, str]] = {
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "activation": "hidden_act",
-        "norm_eps": "rms_norm_eps",
-        "initializer_range": "initializer_range",
-        "bos_token_id": "bos_token_id",
-        "eos_token_id": "eos_token_id",
-        "pad_token_id": "pad_token_id",
-        "tie_word_embeddings": "tie_word_embeddings",
-    }
-    IRRELEVANT: ClassVar[frozenset[str]] = frozenset({"pretraining_tp", "attention_dropout"})
-    norm: ClassVar[str] = "rms"
-    """Which of `NORMS`."""
-    parallel: ClassVar[bool] = False
-    """Whether both blocks read the same input; then one norm may serve both."""
-    rotary: ClassVar[bool] = True
-    """Whether queries and keys are rotated."""
-    interleaved: ClassVar[bool] = False
-    """Whether rotary pairs lie side by side."""
-    partial: ClassVar[bool] = False
-    """Whether a part of each head may be rotated."""
-    joint_norms: ClassVar[bool] = False
-    """Whether queries, and keys, are normed over all heads together."""
-    norm_first: ClassVar[bool] = True
-    """Whether norms are before the blocks, and not behind the sums."""
-    norm_residual: ClassVar[bool] = False
-    """Whether what a block adds to is its normed input."""
-    own_head_dim: ClassVar[bool] = False
-    """Whether the size of a head that config.json does not say is the class's, and not that of a share."""
-    own_kv_heads: ClassVar[bool] = False
-    """The same of the number of key-value heads, which is else that of heads where it is by default."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rotary and self.rotary_size(self.rope) % 2:
-            raise ValueError(
-                f"{self.model_type}.Config: rotary embeddings turn pairs of numbers; of head_dim={self.head_dim} "
-                f"{self.rotary_size(self.rope)} would be turned, which is odd"
-            )
-        if self.layer_types is not None and len(self.layer_types) != self.num_layers:
-            raise ValueError(
-                f"{self.model_type}.Config: layer_types has {len(self.layer_types)} entries for {self.num_layers} layers"
-            )
-        if unknown := sorted({*(self.layer_types or ())} - {"full_attention", "sliding_attention"}):
-            raise ValueError(
-                f"{self.model_type}.Config: layer_types has {', '.join(unknown)}; known are full_attention and sliding_attention"
-            )
-
-    @property
-    def rope_theta(self) -> float:
-        """The base of the rotary frequencies, `rope.theta`."""
-        return self.rope.theta
-
-    def rotary_size(self, rope: Rope) -> int:
-        """How many numbers of each head are rotated."""
-        return rotated(self.head_dim, rope)
-
-    @property
-    def slopes(self) -> tuple[float, ...] | None:
-        """ALiBi's, of the query heads; None for none."""
-        return None
-
-    @property
-    def slopes_scale(self) -> float:
-        """Of what ALiBi adds to the scores."""
-        return 1.0
-
-    @property
-    def slopes_rounded(self) -> bool:
-        """Whether ALiBi is computed in bfloat16."""
-        return False
-
-    @property
-    def sinusoidal(self) -> bool:
-        """Whether sines of the positions are added to the embeddings."""
-        return False
-
-    @property
-    def plain_norms(self) -> bool:
-        """Whether norms are there that have no parameters."""
-        return False
-
-    @property
-    def final_norm(self) -> bool:
-        """Whether a norm follows on the last layer."""
-        return True
-
-    @property
-    def output_bias(self) -> bool:
-        """Whether the attention's output has a bias."""
-        return self.attention_bias
-
-    @property
-    def head_bias(self) -> bool:
-        """Whether the language model's head has a bias."""
-        return False
-
-    @property
-    def embedding_scale(self) -> float | None:
-        """Of the rows of the token table."""
-        return None
-
-    @property
-    def attention_scale(self) -> float | None:
-        """Of the scores; `1 / √k` if None."""
-        return None
-
-    @property
-    def attention_cap(self) -> float | None:
-        """The scores are squeezed between this and its negative."""
-        return None
-
-    @property
-    def routing(self) -> Routing:
-        """How tokens go to experts, in layers that have some."""
-        return Routing(1)
-
-    @property
-    def expert_clamp(self) -> tuple[float, float] | None:
-        """Of the experts' gated form, see `Gate`."""
-        return None
-
-    @property
-    def residual_scale(self) -> float | None:
-        """Of what each block adds."""
-        return None
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Of each layer; where config.json does not say which layers have a window, all have it."""
-        types = self.layer_types or ("sliding_attention",) * self.num_layers
-        rope = self.rope if self.rotary else None
-        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, rope) for t in types)
-
-    @property
-    def windows(self) -> tuple[int | None, ...] | None:
-        found = tuple(kind.window for kind in self.kinds)
-        return found if any(found) else None
-
-    @classmethod
-    def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        hidden, heads = (data.get(cls.HF[field], getattr(cls, field)) for field in ("hidden_size", "num_heads"))
-        fields["num_kv_heads"] = cls.num_kv_heads if cls.own_kv_heads or cls.num_kv_heads != cls.num_heads else heads
-        if "num_key_value_heads" in data and data["num_key_value_heads"] is None:
-            fields["num_kv_heads"] = heads
-        fields["head_dim"] = cls.head_dim if cls.own_head_dim else hidden // heads
-        if "head_dim" not in cls.HF and hidden % heads:
-            names = cls.HF["hidden_size"], cls.HF["num_heads"]
-            problems.append(f"{names[0]}={hidden} is not a multiple of {names[1]}={heads}")
-        if cls.rotary is False:
-            return set()
-        fields["rope"] = read_rope(
-            data,
-            problems,
-            head_dim=data.get("head_dim") or fields["head_dim"],
-            max_positions=data.get("max_position_embeddings", cls.max_positions),
-            default=cls.rope,
-            partial=cls.partial,
-        )
-        return {*OWN_KEYS}
-
-    def write_special(self) -> dict[str, Any]:
-        return write_rope(self.rope) if self.rotary else {}
 
 
 WINDOWS: Mapping[str, str] = {"sliding_window": "sliding_window", "layer_types": "layer_types"}
@@ -335,6 +119,7 @@ def weights(
     norm_bias: bool = False,
     when: Mapping[str, str] = {},
     ignored: tuple[str, ...] = (),
+    flax: Flax = FLAX,
     tensorflow: TensorFlow | None = None,
 ) -> Weights:
     """The layout map of a decoder.
@@ -350,6 +135,7 @@ def weights(
         norm_bias: whether norms have biases.
         when: leaf, or name on disk, -> the property of the config that says whether it is there.
         ignored: regular expressions of names of buffers that old files have and nothing reads.
+        flax: what is special about the trees of Flax's classes.
         tensorflow: about transformers' TensorFlow classes, if there were any.
     """
     rules: list[Rule] = []
@@ -383,6 +169,7 @@ def weights(
         tied={f"{head}.weight": "embed.tokens"},
         ignored=(r"rotary_emb\.inv_freq$", *ignored),
         rules=(*rules, *extra, *heads),
+        flax=flax,
         tensorflow=tensorflow,
     )
 
@@ -427,6 +214,7 @@ def forward(
         raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
     present, positions = of_call(tokens, mask, positions, cache)
     at_layer = _kinds(config, present, positions, cache)
+    slopes = None if config.slopes is None else _slopes(config, config.slopes)
 
     def norm(p: Params, x: Array) -> Array:
         return NORMS[config.norm](p, x, config.norm_eps)
@@ -458,9 +246,9 @@ def forward(
 
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
         seen, rope = at_layer(index)
-        if config.slopes is not None:
+        if slopes is not None:
             seen = with_slopes(
-                seen, _slopes(config, index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
+                seen, slopes(index), positions, cache, scale=config.slopes_scale, rounded=config.slopes_rounded
             )
         before = normed(p, "attention_norm", x) if config.norm_first else x
         common: Any = {"slot": slot, "rope": rope, "interleaved": config.interleaved, "scale": config.attention_scale}
@@ -503,13 +291,11 @@ def _embed(params: Params, config: Config, tokens: Array, places: Array) -> Arra
     return x
 
 
-def _slopes(config: Config, index: Any) -> Array:
-    """ALiBi's of the heads that a layer has left."""
-    every = config.slopes or ()
+def _slopes(config: Config, every: tuple[float, ...]) -> Callable[[Any], Array]:
+    """The number of a layer to ALiBi's slopes of the heads that it has left."""
     rows = [tuple(every[head] for head in schema.kept_heads(config, layer)) for layer in range(config.num_layers)]
-    if len(set(rows)) == 1:
-        return jnp.asarray(rows[0], jnp.float32)
-    return jnp.asarray(rows[index] if isinstance(index, int) else jnp.asarray(rows, jnp.float32)[index], jnp.float32)
+    different = list(dict.fromkeys(rows))
+    return layers.choose([jnp.asarray(row, jnp.float32) for row in different], [different.index(row) for row in rows])
 
 
 def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None) -> Callable[[Any], Any]:
@@ -517,10 +303,8 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
 
     Where no layer rotates there are no tables.
     """
-    kinds = config.kinds
-    keys: Any = () if cache is None else cache.keys
-    slots = [x.shape[-2] for x in keys] if isinstance(keys, tuple) else [keys.shape[-2]] * len(kinds)
-    slots = slots or [None] * len(kinds)
+    slots = (None,) * config.num_layers if cache is None else slots_of(cache)
+    kinds = config.kinds[: len(slots)]
     different = list(dict.fromkeys(kinds))
 
     def make(kind: Kind) -> Any:
@@ -535,15 +319,4 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
             tables = (jnp.ones_like(tables[0]), jnp.zeros_like(tables[1]))
         return seen, tables
 
-    made = [make(kind) for kind in different]
-    if len(made) == 1:
-        return lambda index: made[0]
-    which = [different.index(kind) for kind in kinds]
-
-    def at_layer(index: Any) -> Any:
-        if isinstance(index, int):  # layers one by one, each with a cache of its own size
-            return made[which[index]]
-        kind = jnp.asarray(which, jnp.int32)[index]
-        return jax.tree.map(lambda *a: jnp.stack(a)[kind], *made)
-
-    return at_layer
+    return layers.choose([make(kind) for kind in different], [different.index(kind) for kind in kinds])

@@ -25,7 +25,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import Rope, columns, of_call, rope_tables
 from fmodels.types import NOTHING, Array, Cache, Keep, Output, Params
-from fmodels.weights.rules import Rule, TensorFlow, Weights
+from fmodels.weights.rules import FLAX, Flax, Rule, TensorFlow, Weights
 
 LM = ("masked-lm", "causal-lm", "pretraining")
 CLASSES = ("sequence-classification", "multiple-choice")
@@ -300,9 +300,15 @@ def lm_head(
 
 
 def weights(
-    prefix: str, rules: tuple[Rule, ...], *, decoder: str, bias: str = "", ignored: tuple[str, ...] = (),
+    prefix: str,
+    rules: tuple[Rule, ...],
+    *,
+    decoder: str,
+    bias: str = "",
+    ignored: tuple[str, ...] = (),
+    flax: Flax = FLAX,
     tensorflow: TensorFlow | None = None,
-) -> Weights:  # fmt: skip
+) -> Weights:
     """The layout map; a language model's head has its weight in `decoder`, and its bias there too or, apart, in `bias`."""
     tied = {f"{decoder}.weight": "embed.tokens"} | ({f"{decoder}.bias": "lm_head.bias"} if bias else {})
     return Weights(
@@ -313,6 +319,7 @@ def weights(
         fallbacks={f"{decoder}.bias": bias} if bias else {},
         stand_ins={"lm_head.spare_bias": "lm_head.bias"} if bias else {},
         rules=rules,
+        flax=dataclasses.replace(flax, joined={bias: (f"{decoder}.bias",)} if bias else {}),
         tensorflow=tensorflow,
     )
 

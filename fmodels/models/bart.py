@@ -20,7 +20,7 @@ from fmodels.nn.mlp import mlp
 from fmodels.nn.norms import layer_norm
 from fmodels.nn.positions import columns
 from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Output, Params
-from fmodels.weights.rules import Rule, TensorFlow, Weights
+from fmodels.weights.rules import Flax, Rule, TensorFlow, Weights
 
 BOTH = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
 """Tasks whose models have an encoder beside the decoder."""
@@ -162,6 +162,7 @@ WEIGHTS = Weights(
     ),
     fallbacks={"model.decoder.embed_tokens.weight": "model.shared.weight"},
     stand_ins={"encoder.embed.tokens": "embed.tokens", "decoder.embed.tokens": "embed.tokens"},
+    flax=Flax(joined={"@shared.weight": ("@encoder.embed_tokens.weight", "@decoder.embed_tokens.weight")}),
     rules=(
         Rule("@shared.weight", "embed.tokens", tasks=BOTH),
         Rule("@decoder.embed_tokens.weight", "embed.tokens", tasks=("causal-lm",)),

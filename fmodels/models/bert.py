@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, LM, head
@@ -30,6 +30,12 @@ class Config(_encoder.Config):
         "question-answering": "BertForQuestionAnswering",
         "multiple-choice": "BertForMultipleChoice",
     }
+
+    @classmethod
+    def task_of(cls, architectures: Any) -> str:
+        return (
+            "causal-lm" if architectures == ["BertForCausalLM"] else super().task_of(architectures)
+        )  # Flax's name of it
 
 
 PREDICTIONS = "cls.predictions"

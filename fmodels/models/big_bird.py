@@ -84,13 +84,16 @@ class Config(_encoder.Config):
 
 PREDICTIONS = "cls.predictions"
 BIASES = {f"layers.attention.{name}": "use_bias" for name in ("query", "key", "value")}
-HEADS = (*LM, "sequence-classification", "token-classification", "multiple-choice")
+POOLED = ("pretraining", "sequence-classification", "multiple-choice")
+UNREAD = ("masked-lm", "causal-lm", "token-classification")
+"""Tasks whose models have a pooler in PyTorch, which no number of theirs depends on, and none in Flax."""
 
 WEIGHTS = _encoder.weights(
     "bert",
     (
         *_encoder.rules(_encoder.EMBEDDINGS | _encoder.LAYER, biases=BIASES),
-        *_encoder.pooler("@pooler", *HEADS),
+        *_encoder.pooler("@pooler", *POOLED),
+        *head("@pooler", "pooler", *UNREAD, optional=True),
         *_encoder.lm_head(
             f"{PREDICTIONS}.transform.dense", f"{PREDICTIONS}.transform.LayerNorm", f"{PREDICTIONS}.decoder",
             f"{PREDICTIONS}.bias", *LM,

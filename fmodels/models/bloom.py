@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import alibi_slopes
 
 
@@ -36,6 +37,7 @@ class Config(_decoder.Config):
     norm_residual: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
 
     model_type: ClassVar[str] = "bloom"
+    gguf: ClassVar[Gguf | None] = Gguf("bloom")
     norm: ClassVar[str] = "layer"
     rotary: ClassVar[bool] = False
     HF: ClassVar[Mapping[str, str]] = {

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import TIED, Gguf
 from fmodels.nn.positions import Rope
 from fmodels.weights.rules import Rule
 
@@ -40,6 +41,9 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 0
 
     model_type: ClassVar[str] = "cohere"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "command-r", fields={"logit_scale": "logit_scale"}, shown={"use_qk_norm": "attn_q_norm.weight"}, fixed=TIED
+    )
     norm: ClassVar[str] = "layer"
     parallel: ClassVar[bool] = True
     interleaved: ClassVar[bool] = True

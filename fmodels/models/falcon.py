@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.models._rope import write_rope
 from fmodels.nn.positions import alibi_slopes
 
@@ -47,6 +48,16 @@ class Config(_decoder.Config):
     eos_token_id: int | tuple[int, ...] | None = 11
 
     model_type: ClassVar[str] = "falcon"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "falcon",
+        fixed={
+            "grouped": lambda fields, has: fields["num_kv_heads"] > 1 or has("attn_norm_2.weight"),
+            "num_norms": lambda fields, has: (
+                2 if has("attn_norm_2.weight") else 1 if fields["num_kv_heads"] > 1 else None
+            ),
+        },
+        names={"h.{l}.ln_attn": "blk.{l}.attn_norm_2", "h.{l}.ln_mlp": "blk.{l}.attn_norm"},
+    )
     norm: ClassVar[str] = "layer"
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import TIED, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 0
 
     model_type: ClassVar[str] = "gemma"
+    gguf: ClassVar[Gguf | None] = Gguf("gemma", fixed=TIED)
     norm: ClassVar[str] = "rms-plus-one"
     own_head_dim: ClassVar[bool] = True
     own_kv_heads: ClassVar[bool] = True

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, gemma
+from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Config(gemma.Config):
     logit_cap: float | None = 30.0  # pyright: ignore[reportIncompatibleMethodOverride]
 
     model_type: ClassVar[str] = "gemma2"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "gemma2",
+        fields=WINDOW | {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"},
+        fixed=TIED | {"query_pre_attn_scalar": scaled_by(46)},
+    )
     HF: ClassVar[Mapping[str, str]] = {
         **gemma.Config.HF,
         **_decoder.WINDOWS,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder, gemma2
+from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
 from fmodels.models._rope import read_rope, rope_parameters
 from fmodels.nn.positions import Rope
 
@@ -32,6 +33,12 @@ class Config(gemma2.Config):
     sliding_window_pattern: int = 6
 
     model_type: ClassVar[str] = "gemma3_text"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "gemma3",
+        fields=WINDOW
+        | {"logit_cap": "final_logit_softcapping", "sliding_window_pattern": "attention.sliding_window_pattern"},
+        fixed=TIED | {"query_pre_attn_scalar": scaled_by(62)},
+    )
     HF: ClassVar[Mapping[str, str]] = {**gemma2.Config.HF, "sliding_window_pattern": "sliding_window_pattern"}
     IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {"_sliding_window_pattern"}  # only written
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {

@@ -17,6 +17,7 @@ from fmodels import tree
 from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
 from fmodels.models._base import Family, at, decoder_head, init_normal
+from fmodels.models._gguf import Gguf
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed
@@ -52,6 +53,7 @@ class Config(BaseConfig):
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     model_type: ClassVar[str] = "gpt2"
+    gguf: ClassVar[Gguf | None] = Gguf("gpt2")
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
         "max_positions": "n_positions",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
 from fmodels.weights.rules import Weights
 
@@ -41,6 +42,7 @@ class Config(_decoder.Config):
     bos_token_id: int | None = 0
 
     model_type: ClassVar[str] = "gpt_neox"
+    gguf: ClassVar[Gguf | None] = Gguf("gptneox", fields={"parallel": "use_parallel_residual"})
     norm: ClassVar[str] = "layer"
     partial: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import BIASES, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,18 @@ class Config(_decoder.Config):
     logits_scaling: float = 1.0
 
     model_type: ClassVar[str] = "granite"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "granite",
+        permuted=True,
+        shown=BIASES,
+        factors=("llama3",),
+        fields={
+            "embedding_multiplier": "embedding_scale",
+            "attention_multiplier": "attention.scale",
+            "residual_multiplier": "residual_scale",
+            "logits_scaling": "logit_scale",
+        },
+    )
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,
         "attention_bias": "attention_bias",

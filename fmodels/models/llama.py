@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import BIASES, Gguf
+from fmodels.weights.rules import Flax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,7 @@ class Config(_decoder.Config):
     """Llama's config; the defaults are Llama 7B's."""
 
     model_type: ClassVar[str] = "llama"
+    gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, shown=BIASES, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,
         "attention_bias": "attention_bias",
@@ -25,6 +28,6 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Llama", *_decoder.ALL)
 
 
-WEIGHTS = _decoder.weights()
+WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True))
 
 FAMILY = _decoder.family(Config, WEIGHTS)

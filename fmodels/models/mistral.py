@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
-from fmodels.weights.rules import TensorFlow
+from fmodels.models._gguf import Gguf
+from fmodels.weights.rules import Flax, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,14 @@ class Config(_decoder.Config):
     sliding_window: int | None = 4096
 
     model_type: ClassVar[str] = "mistral"
+    gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "sliding_window": "sliding_window"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mistral", *_decoder.ALL)
 
 
 WEIGHTS = _decoder.weights(
     question_answering="model",
+    flax=Flax(repeats_head=True),
     tensorflow=TensorFlow(without=("token-classification", "question-answering"), tokens="embeddings", head="always"),
 )
 

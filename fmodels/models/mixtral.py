@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, _mixture
+from fmodels.models._gguf import EXPERTS, Gguf
 from fmodels.nn.positions import Rope
 
 
@@ -24,6 +25,7 @@ class Config(_mixture.Config):
     rope: Rope = Rope(theta=1e6)
 
     model_type: ClassVar[str] = "mixtral"
+    gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, fields=EXPERTS, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {**_mixture.Config.HF, "sliding_window": "sliding_window"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | {"router_jitter_noise"}  # in training
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mixtral", *_decoder.ALL)

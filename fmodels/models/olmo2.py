@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 1
 
     model_type: ClassVar[str] = "olmo2"
+    gguf: ClassVar[Gguf | None] = Gguf("olmo2")
     joint_norms: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "attention_bias": "attention_bias"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Olmo2", "sequence-classification")

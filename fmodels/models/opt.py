@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fmodels.models import _decoder
+from fmodels.models import _decoder, _fairseq
 from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_decoder.Config):
+class Config(_fairseq.Config):
     """OPT's config; the defaults are those of its smallest model.
 
     Attributes:
@@ -30,41 +30,24 @@ class Config(_decoder.Config):
     num_layers: int = 12
     num_heads: int = 12
     num_kv_heads: int = 12
-    head_dim: int = 64
-    norm_eps: float = 1e-5
     activation: str = "relu"
-    tie_word_embeddings: bool = True
-    attention_bias: bool = True
-    mlp_bias: bool = True
     embedding_size: int = 768  # pyright: ignore[reportIncompatibleMethodOverride]
     norm_first: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
     norm_affine: bool = True
     no_final_norm: bool = False
     bos_token_id: int | None = 2
-    pad_token_id: int | None = 1
 
     model_type: ClassVar[str] = "opt"
-    norm: ClassVar[str] = "layer"
-    rotary: ClassVar[bool] = False
     HF: ClassVar[Mapping[str, str]] = {
-        "vocab_size": "vocab_size",
-        "max_positions": "max_position_embeddings",
+        **_fairseq.Config.HF,
         "hidden_size": "hidden_size",
-        "intermediate_size": "ffn_dim",
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "embedding_size": "word_embed_proj_dim",
         "norm_first": "do_layer_norm_before",
         "norm_affine": "layer_norm_elementwise_affine",
         "no_final_norm": "_remove_final_layer_norm",
-        "activation": "activation_function",
-        "initializer_range": "init_std",
-        "bos_token_id": "bos_token_id",
-        "eos_token_id": "eos_token_id",
-        "pad_token_id": "pad_token_id",
-        "tie_word_embeddings": "tie_word_embeddings",
     }
-    IRRELEVANT: ClassVar[frozenset[str]] = frozenset("dropout attention_dropout activation_dropout layerdrop".split())
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
         "OPT", "sequence-classification", "question-answering"
     )
@@ -76,10 +59,6 @@ class Config(_decoder.Config):
                 f"opt.Config: word_embed_proj_dim={self.embedding_size} is not supported for {self.task}, only "
                 f"hidden_size={self.hidden_size}; load it with task='base' or 'causal-lm'"
             )
-
-    @property
-    def position_offset(self) -> int:
-        return 2
 
     @property
     def position_size(self) -> int:
@@ -113,8 +92,6 @@ class Config(_decoder.Config):
         return {**super().write_special(), "enable_bias": self.attention_bias}
 
 
-AT = "decoder.layers.{l}"
-
 WEIGHTS = _decoder.weights(
     {
         "decoder.embed_tokens": "embed.tokens",
@@ -122,14 +99,7 @@ WEIGHTS = _decoder.weights(
         "decoder.project_out": "projection",
         "decoder.project_in": "embed.projection",
         "decoder.final_layer_norm": "final_norm",
-        f"{AT}.self_attn.k_proj": "layers.attention.key",
-        f"{AT}.self_attn.v_proj": "layers.attention.value",
-        f"{AT}.self_attn.q_proj": "layers.attention.query",
-        f"{AT}.self_attn.out_proj": "layers.attention.output",
-        f"{AT}.self_attn_layer_norm": "layers.attention_norm",
-        f"{AT}.fc1": "layers.mlp.up",
-        f"{AT}.fc2": "layers.mlp.down",
-        f"{AT}.final_layer_norm": "layers.mlp_norm",
+        **_fairseq.names("decoder.layers.{l}"),
     },
     question_answering="model",
     norm_bias=True,

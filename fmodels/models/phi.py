@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
 
 
@@ -34,6 +35,7 @@ class Config(_decoder.Config):
     rope: Rope = Rope(partial_rotary_factor=0.5)
 
     model_type: ClassVar[str] = "phi"
+    gguf: ClassVar[Gguf | None] = Gguf("phi2")
     norm: ClassVar[str] = "layer"
     parallel: ClassVar[bool] = True
     partial: ClassVar[bool] = True

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import WINDOW, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,11 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 32000
 
     model_type: ClassVar[str] = "phi3"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "phi3",
+        fields=WINDOW | {"original_max_positions": "rope.scaling.original_context_length"},
+        factors=("longrope",),
+    )
     partial: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "sliding_window": "sliding_window"}
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"resid_pdrop", "embd_pdrop"}

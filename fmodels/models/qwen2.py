@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Config(_decoder.Config):
     attention_bias: bool = True
 
     model_type: ClassVar[str] = "qwen2"
+    gguf: ClassVar[Gguf | None] = Gguf("qwen2")
     own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,

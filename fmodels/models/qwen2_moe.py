@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, _mixture
+from fmodels.models._gguf import EXPERTS, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Config(_mixture.SparseConfig):
     shared_size: int = 5632
 
     model_type: ClassVar[str] = "qwen2_moe"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "qwen2moe",
+        fields=EXPERTS
+        | {"expert_size": "expert_feed_forward_length", "shared_size": "expert_shared_feed_forward_length"},
+    )
     own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_mixture.SparseConfig.HF,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, qwen2
+from fmodels.models._gguf import Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class Config(qwen2.Config):
     attention_bias: bool = False
 
     model_type: ClassVar[str] = "qwen3"
+    gguf: ClassVar[Gguf | None] = Gguf("qwen3")
     own_head_dim: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**qwen2.Config.HF, "attention_bias": "attention_bias"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen3", *_decoder.ALL)

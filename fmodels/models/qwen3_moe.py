@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, _mixture
+from fmodels.models._gguf import EXPERTS, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class Config(_mixture.SparseConfig):
     num_experts_per_token: int = 8
 
     model_type: ClassVar[str] = "qwen3_moe"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "qwen3moe", fields=EXPERTS | {"expert_size": "expert_feed_forward_length"}, fixed={"renormalise": True}
+    )
     HF: ClassVar[Mapping[str, str]] = {**_mixture.SparseConfig.HF, "attention_bias": "attention_bias"}
     ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.SparseConfig.IRRELEVANT | {"max_window_layers"}

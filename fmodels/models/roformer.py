@@ -9,9 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Rule, TensorFlow
+from fmodels.weights.rules import Flax, Rule, TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,16 @@ class Config(_encoder.Config):
         return super().read_special(data, fields, problems)
 
 
+def angles(config: Config) -> np.ndarray:
+    """The table of sines and cosines `(p k)` that PyTorch has in its files, and Flax computes.
+
+    Source: transformers' `RoFormerSinusoidalPositionalEmbedding`.
+    """
+    power = 2 * np.arange(config.head_dim // 2) / config.head_dim
+    turns = np.arange(config.max_positions)[:, None] / np.power(10000, power)
+    return np.concatenate([np.sin(turns), np.cos(turns)], axis=1).astype(np.float32)
+
+
 PREDICTIONS = "cls.predictions"
 
 WEIGHTS = _encoder.weights(
@@ -74,6 +86,10 @@ WEIGHTS = _encoder.weights(
     ),
     decoder=f"{PREDICTIONS}.decoder",
     bias=f"{PREDICTIONS}.bias",
+    flax=Flax(
+        computed={"@encoder.embed_positions.weight": angles},
+        lacks={"is_narrow": "a projection of embeddings that are smaller than the hidden states"},
+    ),
     tensorflow=TensorFlow(names={r"^cls/": "mlm___cls/"}, holds={"mlm___cls": "/embeddings/"}),
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
 
 
@@ -39,6 +40,7 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 128004
 
     model_type: ClassVar[str] = "smollm3"
+    gguf: ClassVar[Gguf | None] = Gguf("smollm3", permuted=True, factors=("llama3",))
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,
         **_decoder.WINDOWS,

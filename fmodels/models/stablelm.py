@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
 
 
@@ -33,6 +34,9 @@ class Config(_decoder.Config):
     eos_token_id: int | tuple[int, ...] | None = 0
 
     model_type: ClassVar[str] = "stablelm"
+    gguf: ClassVar[Gguf | None] = Gguf(
+        "stablelm", shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight"}
+    )
     own_kv_heads: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
     partial: ClassVar[bool] = True

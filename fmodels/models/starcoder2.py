@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._gguf import BIASES, Gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Config(_decoder.Config):
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     model_type: ClassVar[str] = "starcoder2"
+    gguf: ClassVar[Gguf | None] = Gguf("starcoder2", shown=BIASES)
     norm: ClassVar[str] = "layer"
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,

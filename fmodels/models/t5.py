@@ -59,6 +59,7 @@ class Config(_seq2seq.Config):
     decoder_start_token_id: int = 0
 
     model_type: ClassVar[str] = "t5"
+    norm: ClassVar[str] = "rms"
     HF: ClassVar[Mapping[str, str]] = {
         "vocab_size": "vocab_size",
         "hidden_size": "d_model",

@@ -13,7 +13,7 @@ import numpy as np
 
 from fmodels.arrays import precision, take
 from fmodels.nn import kernels
-from fmodels.nn.cache import NO_SLOT, Slot, columns_of, read, write
+from fmodels.nn.cache import NO_SLOT, Slot, read, ring_places, write
 from fmodels.nn.linear import linear
 from fmodels.nn.positions import distance_buckets, from_mask, rotate
 from fmodels.types import Array, Cache, Params
@@ -86,10 +86,8 @@ def attend(
         if old is not None and cache is not None:
             before, there = jnp.cumsum(cache.mask, axis=-1, dtype=jnp.int32), cache.mask
             if slots is not None and slots < cache.mask.shape[1]:
-                columns = jnp.broadcast_to(columns_of(cache.length, slots), (present.shape[0], slots))
-                index = jnp.maximum(columns, 0)
-                before, there = (jnp.take_along_axis(x, index, axis=1) for x in (before, there))
-                there = there & (columns >= 0)
+                before = ring_places(cache.mask.sum(-1, dtype=jnp.int32), slots) + 1
+                there = before > 0
             old = there[:, None, :] & (places[:, :, None] - before[:, None, :] < window)
     return Attend(new, old)
 
@@ -257,9 +255,10 @@ def keep(slot: Slot, weights: list[Array]) -> Slot:
 def _by_slot(old: Array, new: Array, slot: Slot) -> Array:
     """The weights of the slots `(b h t s)` with those of the new tokens `(b h t t)`, by columns of the cache."""
     if old.shape[-1] < slot.columns:
-        columns = jnp.arange(slot.columns, dtype=jnp.int32)[None]
-        there = jnp.take_along_axis(columns_of(slot.start, old.shape[-1]), columns % old.shape[-1], axis=1) == columns
-        old = jnp.where(there[:, None, None], jnp.take(old, columns[0] % old.shape[-1], axis=-1), 0)
+        assert slot.held is not None
+        there = (slot.held >= 0) & (slot.held > slot.held.max(-1, keepdims=True) - old.shape[-1])
+        index = jnp.where(there, slot.held % old.shape[-1], 0)[:, None, None]
+        old = jnp.where(there[:, None, None], jnp.take_along_axis(old, index, axis=-1), 0)
     since = jnp.arange(old.shape[-1], dtype=jnp.int32)[None] - jnp.atleast_1d(slot.start)[:, None]
     inside = (since >= 0) & (since < new.shape[-1])
     index = jnp.broadcast_to(jnp.where(inside, since, 0)[:, None, None], old.shape)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fmodels.arrays import plain, precision
+from fmodels.arrays import plain, precision, target
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
 from fmodels.types import Array, Params
@@ -115,7 +116,7 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
         how: one of `HOW`. `"grouped"` sorts the pairs of tokens and experts by expert and multiplies group by group, so
             that each token costs what its own experts cost where the platform has such a product (`jax.lax.ragged_dot`).
             `"dense"` runs all experts on all tokens. The sums are the same. None: dense on CPU, which has no product by
-            groups, grouped elsewhere. jax has no rule for `vmap` of products by groups.
+            groups, grouped elsewhere. jax has no rule for `vmap` of products by groups, see `explained`.
 
     Returns:
         `(b t d)`, and the router's logits `(b t x)`.
@@ -125,7 +126,8 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
 
     Source: Shazeer et al. 2017; matches transformers' `MixtralSparseMoeBlock` and its like.
     """
-    run = HOW[check_how(how)]
+    exported = how is None and target.value is not None
+    run = (_by_platform if target.value.recent else _dense) if exported else HOW[check_how(how)]
     rows = x.reshape(-1, x.shape[-1])
     routed = route(params["router"], rows, routing)
     y = run(params, rows, routed, gate).astype(x.dtype).reshape(x.shape)
@@ -147,7 +149,7 @@ def _grouped(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
 
     def product(name: str, x: Array) -> Array:
         y = jax.lax.ragged_dot_general(
-            x, plain(params[name]["weight"]).astype(x.dtype), sizes, BY_EXPERT, precision=precision(x.dtype)
+            x, plain(params[name]["weight"], x).astype(x.dtype), sizes, BY_EXPERT, precision=precision(x.dtype)
         )
         return y + params[name]["bias"].astype(y.dtype)[owners] if "bias" in params[name] else y
 
@@ -166,19 +168,32 @@ def _dense(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
     number = jnp.arange(routed.logits.shape[1], dtype=routed.chosen.dtype)
     weights = jnp.where(routed.chosen[..., None] == number[None, None], routed.weights[..., None], 0.0).sum(1)
     inner = gate(linear(params["gate"], rows, "nd,xid->nxi"), linear(params["up"], rows, "nd,xid->nxi"))
-    down = plain(params["down"]["weight"]).astype(inner.dtype)
+    down = plain(params["down"]["weight"], inner).astype(inner.dtype)
     y = jnp.einsum("nxi,xdi->xnd", inner, down, precision=precision(inner.dtype))
     if "bias" in params["down"]:
         y = y + params["down"]["bias"].astype(y.dtype)[:, None]
     return (y.astype(jnp.float32) * weights.T[..., None]).sum(0)
 
 
+def _by_platform(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
+    """`(n d)` float32, dense on CPU and grouped elsewhere, in one program for both."""
+
+    def run(how: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda params, rows, routed: how(params, rows, routed, gate)
+
+    return jax.lax.platform_dependent(params, rows, routed, cpu=run(_dense), default=run(_grouped))
+
+
 HOW: dict[str, Callable[[Params, Array, Routed, Gate], Array]] = {"grouped": _grouped, "dense": _dense}
 """The ways to run experts."""
 
 
-def check_how(how: Any) -> str:
+def check_how(how: Any, of: str = "forward") -> str:
     """The name of a way to run experts, or the platform's own for None.
+
+    Args:
+        how: as it was given.
+        of: the function that it was given to.
 
     Raises:
         ValueError: there is none of that name, with the list of those that are.
@@ -186,8 +201,25 @@ def check_how(how: Any) -> str:
     if how is None:
         return "dense" if jax.default_backend() == "cpu" else "grouped"
     if how not in HOW:
-        raise ValueError(f"forward: experts={how!r} is not a way to run experts; one of {', '.join(HOW)}, or None")
+        raise ValueError(f"{of}: experts={how!r} is not a way to run experts; one of {', '.join(HOW)}, or None")
     return how
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Where jax says that it has no rule for `vmap` of products by groups, says what to write instead.
+
+    No rule is given to it: one of `jax.custom_batching` would take derivatives away.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if "ragged_dot" not in str(error):
+            raise
+        raise NotImplementedError(
+            "forward: experts='grouped', the default but on CPU, does not run under vmap, for which jax has no rule; pass "
+            "experts='dense'"
+        ) from error
 
 
 def load_balancing_loss(router_logits: Array, top: int, mask: Array | None = None) -> Array:

@@ -24,17 +24,21 @@ LANES = 128
 _chosen = contextvars.ContextVar("attention", default="xla")
 
 
-def check(name: Any) -> str:
+def check(name: Any, of: str = "forward") -> str:
     """The name of a kernel that this platform has.
+
+    Args:
+        name: as it was given.
+        of: the function that it was given to.
 
     Raises:
         ValueError: there is none of that name, or it is another platform's.
     """
     if name not in PLATFORMS:
-        raise ValueError(f"forward: attention={name!r} is not a kernel; one of {', '.join(PLATFORMS)}")
+        raise ValueError(f"{of}: attention={name!r} is not a kernel; one of {', '.join(PLATFORMS)}")
     platform, here = PLATFORMS[name], jax.default_backend()
     if platform is not None and platform != here:
-        raise ValueError(f"forward: attention={name!r} runs on a {platform}, this is a {here}; leave attention out")
+        raise ValueError(f"{of}: attention={name!r} runs on a {platform}, this is a {here}; leave attention out")
     return name
 
 

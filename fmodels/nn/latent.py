@@ -65,7 +65,7 @@ def latent_attention(
         context, weights = dot_product(jnp.concatenate([still, turned], axis=-1), parts, scale)
     else:
         full = precision(x.dtype)
-        up, down = (plain(params[name]["weight"]).astype(x.dtype) for name in ("key_up", "value_up"))
+        up, down = (plain(params[name]["weight"], x).astype(x.dtype) for name in ("key_up", "value_up"))
         still = jnp.einsum("bthu,huz->bthz", still, up, precision=full)
 
         def part(keys: Array, latent: Array, seen: Array) -> Part:

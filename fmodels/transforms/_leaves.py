@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fmodels.arrays import Quantized
+
 
 def integer(value: Any) -> int | None:
     """The value as an int if it is an integer of any library and no bool, else None."""
@@ -49,6 +51,11 @@ def select(path: str, leaf: Any, where: Any, axis: int) -> Any:
         NotImplementedError: an array-like leaf whose parts do not have the leaf's axes (packed bits, low rank).
     """
     size = leaf.shape[axis]
+    if isinstance(leaf, Quantized):
+        raise NotImplementedError(
+            f"{path!r} is quantised as on disk ({type(leaf.codec).__name__}) and would have to be quantised anew; "
+            "use dequantize first"
+        )
 
     def pick(part: Any) -> Any:
         if part.ndim != len(leaf.shape) or part.shape[axis] not in (1, size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import tree
-from fmodels.arrays import Scaled
 from fmodels.transforms import _leaves
 from fmodels.types import Params
 
 
 def cast(params: Params, dtype: Any, *, where: Callable[[str], bool] | None = None) -> Params:
-    """Casts floating leaves; integer leaves stay as they are, of quantised leaves the scale is cast.
+    """Casts floating leaves; integer leaves stay as they are, of quantised leaves the scale is cast, of adapted ones all.
 
     Works under `jit`, on stacked and unstacked trees, on numpy leaves, and on optimizer state (`map_state`).
 
@@ -54,8 +52,6 @@ def cast(params: Params, dtype: Any, *, where: Callable[[str], bool] | None = No
         chosen = not _leaves.is_hole(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != target
         if not chosen or (where is not None and not where(path)):
             return leaf
-        if isinstance(leaf, Scaled):
-            return dataclasses.replace(leaf, scale=convert(path, leaf.scale))
         if not isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(target) != target:
             raise ValueError(
                 f"cast: {path!r} is a jax array, which cannot be {target}; "

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fmodels import tree
+from fmodels.arrays import Quantized
 from fmodels.transforms import _leaves
 from fmodels.types import Params
 
@@ -81,7 +82,8 @@ def _difference(where: str, first: dict[str, Any], layer: dict[str, Any], i: int
 
 def _describe(leaf: Any) -> str:
     parts = " and ".join(f"{part.dtype} {tuple(part.shape)}" for part in jax.tree.leaves(leaf))
-    return parts if _leaves.is_plain(leaf) else f"{type(leaf).__name__}({parts})"
+    kind = repr(leaf.codec) if isinstance(leaf, Quantized) else type(leaf).__name__
+    return parts if _leaves.is_plain(leaf) else f"{kind}({parts})"
 
 
 def unstack_layers(params: Params) -> Params:

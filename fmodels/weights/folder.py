@@ -179,7 +179,7 @@ def write_folder(
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     # What makes the folder a new checkpoint comes last: the only file, or the index.
     order = [*named, *files] if len(named) > 1 else [*files, *named]
-    _commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
+    commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
 
 
 def write_files(
@@ -312,7 +312,7 @@ def _is_inside(name: str) -> bool:
 # The rest replaces a folder.
 
 
-def _commit(folder: Path, fill: Callable[[Path], None], order: list[str], stale: Callable[[str], bool]) -> None:
+def commit(folder: Path, fill: Callable[[Path], None], order: list[str], stale: Callable[[str], bool]) -> None:
     """Puts the files `order`, which `fill` writes into a given folder, into `folder`, removing those that are stale."""
     target = Path(os.path.realpath(folder))  # a link to the folder stays a link
     if target.exists() and not target.is_dir():

@@ -95,7 +95,11 @@ class Format:
 FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: transformers', then what it does not read
     "safetensors": Format("safetensors", "model", "safetensors"),
     "torch": Format("torch_bin", "pytorch_model", "bin"),
+    "flax": Format("flax_msgpack", "flax_model", "msgpack", dialect="flax"),
     "tf": Format("tf_h5", "tf_model", "h5", dialect="tf"),
+    "gguf": Format(
+        "gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False
+    ),
     "tf-checkpoint": Format(
         "tf_checkpoint",
         "model.ckpt",
@@ -108,7 +112,7 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
     "npz": Format("npz", "model", "npz", sharded=False),
     "orbax": Format("orbax", "params", "", dialect="fmodels", sharded=False, directory=True),
 }
-OTHERS = ("flax_model*", "tf_model*", "*.gguf", "*.ckpt*", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
+OTHERS = ("*.ckpt", "*.onnx", "*.h5", "*.msgpack", "*.pth", "adapter_model.*")
 
 
 def _dotted(part: str | None) -> str:

@@ -11,6 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +32,7 @@ from fmodels.weights.tensors import (
 )
 
 METADATA = "metadata.json"
+MAX_METADATA = 2**24  # bytes
 MAX_HEADER = 2**16  # bytes of a member before its elements
 MAX_RATIO = 1100  # of deflate, at most 1032
 TYPES = {dtype.name: dtype for dtype in CODES}
@@ -68,13 +70,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     problems: list[str] = []
     with open(path, "rb") as raw, _archive(raw, path) as archive:
         entries = archive.infolist()
-        if METADATA in archive.NameToInfo and archive.getinfo(METADATA).file_size <= 2**24:
-            content = parse_json(archive.read(METADATA), f"read: {METADATA} of {str(path)!r}")
-            metadata = {str(key): value for key, value in content.items() if isinstance(value, str)}
-            named = content.get("dtypes")
-            named = named if isinstance(named, dict) else {}
-        else:
-            named = {}
+        content = _metadata(archive, path)
+        metadata = {str(key): value for key, value in content.items() if isinstance(value, str)}
+        named = content.get("dtypes")
+        named = named if isinstance(named, dict) else {}
         for entry in entries:
             if entry.filename == METADATA:
                 continue
@@ -98,6 +97,19 @@ def _archive(raw: io.BufferedIOBase, path: str | os.PathLike[str]) -> zipfile.Zi
         return zipfile.ZipFile(raw)  # type: ignore[arg-type]
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(f"read: {str(path)!r} is a damaged zip archive: {error}; copy or download it again") from None
+
+
+def _metadata(archive: zipfile.ZipFile, path: str | os.PathLike[str]) -> dict[str, Any]:
+    if METADATA not in archive.NameToInfo:
+        return {}
+    try:
+        with archive.open(METADATA) as member:
+            text = member.read(MAX_METADATA + 1)
+    except Exception as error:  # zipfile and zlib raise a dozen kinds for a damaged member
+        raise ValueError(f"read: {METADATA} of {str(path)!r} is damaged: {error}; copy the file again") from None
+    if len(text) > MAX_METADATA:
+        raise ValueError(f"read: {METADATA} of {str(path)!r} has more than {MAX_METADATA} bytes; write the file again")
+    return parse_json(text, f"read: {METADATA} of {str(path)!r}")
 
 
 def _tensor(name: str, entry: zipfile.ZipInfo, archive: zipfile.ZipFile, file: File, named: object) -> Tensor:

@@ -80,11 +80,11 @@ def _letters(leaf: str, numbered: str) -> tuple[str, ...]:
     return tuple(letter for letter in schema.axes(leaf) if letter not in numbered)
 
 
-def _axis_order(rule: Rule, leaf: str, groups: tuple[str, ...]) -> tuple[int, ...]:
+def _axis_order(letters: Iterable[str], groups: Iterable[str]) -> tuple[int, ...]:
     """The transposition from the disk's letters to the leaf's; letters that repeat are taken in order."""
     disk = list("".join(groups))
     order = []
-    for letter in rule.letters(leaf):
+    for letter in letters:
         order.append(disk.index(letter))
         disk[order[-1]] = ""
     return tuple(order)
@@ -94,7 +94,7 @@ def is_same_order(rule: Rule) -> bool:
     """True if the tensor on disk is its leaf but for a reshape."""
     if not isinstance(rule.leaf, str):
         return False
-    order = _axis_order(rule, rule.leaf, rule.layouts[0])
+    order = _axis_order(rule.letters(rule.leaf), rule.layouts[0])
     return order == tuple(range(len(order)))
 
 
@@ -114,22 +114,103 @@ def from_disk(rule: Rule, tensor: Any, size: Mapping[str, int]) -> dict[str, Any
         tensor: any array with `reshape`, `transpose` and slicing: numpy, jax (traced or not).
         size: letter -> size, to split grouped axes.
     """
+    layouts = [(leaf, groups, rule.letters(leaf)) for leaf, groups in zip(rule.leaves, rule.layouts, strict=True)]
+    return _apart(tensor, layouts, size, rule.along, rule.within)
+
+
+def _apart(
+    tensor: Any,
+    layouts: list[tuple[str, tuple[str, ...], tuple[str, ...]]],
+    size: Mapping[str, int],
+    axis: int,
+    within: str | None,
+) -> dict[str, Any]:
+    """Leaf -> its part of a tensor, for the leaves that lie side by side along an axis, each with its groups and letters."""
     leaves: dict[str, Any] = {}
-    offset, axis = 0, rule.along
-    if rule.within is not None:
-        tensor = _split(tensor, axis, size[rule.within])
+    offset, along = 0, axis
+    if within is not None:
+        tensor = _split(tensor, axis, size[within])
         axis += 1
-    for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
+    for leaf, groups, letters in layouts:
         part = tensor
-        if len(rule.leaves) > 1:
-            width = _product(size[letter] for letter in groups[rule.along])
-            width = width if rule.within is None else width // size[rule.within]
+        if len(layouts) > 1:
+            width = _product(size[letter] for letter in groups[along])
+            width = width if within is None else width // size[within]
             part = tensor[(slice(None),) * axis + (slice(offset, offset + width),)]
             offset += width
         part = part.reshape([size[letter] for group in groups for letter in group])
-        order = _axis_order(rule, leaf, groups)
+        order = _axis_order(letters, groups)
         leaves[leaf] = part if order == tuple(range(len(order))) else part.transpose(order)
     return leaves
+
+
+def outputs_first(rule: Rule, matrix: Any) -> Any:
+    """A matrix on disk, `(out, in)` whichever way it lies there; of experts `(x, out, in)`."""
+    experts = len(rule.layouts[0]) - 2
+    return (
+        matrix
+        if _is_output(rule.letters(rule.leaves[0])[experts:], rule.layouts[0][experts])
+        else matrix.swapaxes(-1, -2)
+    )
+
+
+def _is_output(letters: tuple[str, ...], group: str) -> bool:
+    """Whether a group of letters on disk are the first of the leaf's."""
+    return sorted(letters[: len(group)]) == sorted(group)
+
+
+def low_rank_from_disk(
+    rule: Rule, size: Mapping[str, int], a: Any, b: Any, factor: Any = None
+) -> dict[str, tuple[Any, Any, Any]]:
+    """What a product `b a` that is added to a matrix on disk, `(out, in)` whichever way it lies there, is for its leaves.
+
+    Args:
+        rule: the matrix's rule.
+        size: letter -> size.
+        a: `(r, in)`; of experts in one tensor `(x r, in)`.
+        b: `(out, r)`; of experts `(out, r x)`.
+        factor: `(out)`, or None.
+
+    Returns:
+        Leaf -> `(r i)`, `(o r)` and `(o)` or None, where `o` are the leaf's first axes, of outputs, and `i` the others; of
+        experts `(x r i)` and `(x o r)`. Leaves side by side have the same first factor.
+
+    Raises:
+        ValueError: the tensor is no matrix, or the shapes do not fit.
+
+    Source: PEFT's `lora.Linear`, and `lora.ParamWrapper` for experts.
+    """
+    shape, experts = disk_shape(rule, size), rule.layouts[0][:-2]
+    if len(shape) < 2 or experts not in ((), ("x",)):
+        raise ValueError(f"a tensor of shape {list(shape)} is not a matrix")
+    rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+    columns, out = {}, 0
+    for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
+        first, second = groups[len(experts) :]
+        letters = rule.letters(leaf)[len(experts) :]
+        out = 0 if _is_output(letters, first) else 1
+        outputs, inputs = (first, second) if out == 0 else (second, first)
+        rows.append((leaf, (outputs,), letters[: len(outputs)]))
+        columns[leaf] = inputs, letters[len(outputs) :]
+    *_, one, two = shape
+    count = size["x"] if experts else 1
+    rank = b.shape[-1] // count
+    want = [(rank * count, (two, one)[out]), ((one, two)[out], rank * count)]
+    if [tuple(a.shape), tuple(b.shape)] != want or not rank:
+        raise ValueError(
+            f"factors of shapes {list(a.shape)} and {list(b.shape)}, expected {list(want[0])} and {list(want[1])}"
+        )
+    size = {**size, "r": rank}
+    a = a.reshape(count, rank, -1) if experts else a
+    b = b.reshape(-1, rank, count) if experts else b
+    wide = [(leaf, (*groups, "r", *experts), (*experts, *letters, "r")) for leaf, groups, letters in rows]
+    second = _apart(b, wide, size, 0, rule.within)
+    third = {} if factor is None else _apart(factor, rows, size, 0, rule.within)
+    found: dict[str, tuple[Any, Any, Any]] = {}
+    for leaf, (inputs, letters) in columns.items():
+        alone = [(leaf, (*experts, "r", inputs), (*experts, "r", *letters))]
+        found[leaf] = _apart(a, alone, size, 0, None)[leaf], second[leaf], third.get(leaf)
+    return found
 
 
 def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., Any]) -> Any:
@@ -143,7 +224,7 @@ def to_disk(rule: Rule, leaves: Mapping[str, Any], concatenate: Callable[..., An
     parts = []
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         array = leaves[leaf]
-        order = _axis_order(rule, leaf, groups)
+        order = _axis_order(rule.letters(leaf), groups)
         inverse = tuple(order.index(i) for i in range(len(order)))
         array = array if inverse == tuple(range(len(order))) else array.transpose(inverse)
         shape, axis = [], 0
@@ -190,10 +271,35 @@ class Place(NamedTuple):
             return {leaf: leaf for leaf in self.rule.leaves}
         return {leaf: schema.with_layer(leaf, self.layer) for leaf in self.rule.leaves}
 
+    def index(self, *, stacked: bool) -> tuple[int, ...]:
+        """Of this place in a leaf of the tree: the layer, where layers are stacked, and the expert."""
+        return tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+
     def part(self, leaf: Any, *, stacked: bool) -> Any:
-        """What lies here of a leaf of the tree: its layer, where layers are stacked, and of that its expert."""
-        index = tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+        """What lies here of a leaf of the tree."""
+        index = self.index(stacked=stacked)
         return leaf[index] if index else leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Flax:
+    """How the trees of transformers' Flax classes differ from what the names and axes of PyTorch's files let expect.
+
+    Attributes:
+        joined: name on disk -> the names of tensors that Flax has as this one, which must be equal. A leading `@` as in rules.
+        computed: name on disk -> function of the config that computes the tensor, which Flax has not.
+        repeats_head: whether a tied head has its weight in the tree.
+        lacks: property of the config -> what Flax's classes do not have, in models where it is true.
+    """
+
+    joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    computed: Mapping[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
+    repeats_head: bool = False
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+FLAX = Flax()
+"""Trees in which nothing is special."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +349,7 @@ class Weights:
         stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
         module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
             either form are read.
+        flax: what is special about Flax's trees.
         tensorflow: about transformers' TensorFlow classes, if there were any.
     """
 
@@ -255,6 +362,7 @@ class Weights:
     fallbacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stand_ins: Mapping[str, str] = dataclasses.field(default_factory=dict)
     module: Weights | None = None
+    flax: Flax = FLAX
     tensorflow: TensorFlow | None = None
 
     @property

@@ -169,15 +169,19 @@ class Tensor:
 
     def read_into(self, out: np.ndarray) -> None:
         """Writes the elements into `out`, a C-contiguous array of the same dtype and shape."""
+        self.check_target(out)
+        if self.file is None:
+            out[...] = self.array()
+        else:
+            self.file.read_into(out, self.offset)
+
+    def check_target(self, out: np.ndarray) -> None:
+        """Raises a ValueError if `read_into` cannot write into `out`."""
         if out.dtype != self.dtype or out.shape != self.shape or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(
                 f"read_into: expected a writable C-contiguous array {self.dtype}{list(self.shape)} for tensor "
                 f"{self.name!r}, got {out.dtype}{list(out.shape)} with strides {out.strides}"
             )
-        if self.file is None:
-            out[...] = self.array()
-        else:
-            self.file.read_into(out, self.offset)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -187,18 +191,18 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def send(out: BinaryIO, tensor: Tensor) -> None:
     """Writes the elements of `tensor` in row-major order, by the kernel alone if they lie so in a file."""
-    if tensor.file is None or not hasattr(os, "sendfile") or not hasattr(out, "fileno"):
+    if tensor.file is None or not hasattr(os, "copy_file_range") or not hasattr(out, "fileno"):
         out.write(as_bytes(tensor))
         return
     out.flush()
     done = 0
     while done < tensor.nbytes:
         try:
-            count = os.sendfile(out.fileno(), tensor.file.fd, tensor.offset + done, tensor.nbytes - done)
+            count = os.copy_file_range(tensor.file.fd, out.fileno(), tensor.nbytes - done, tensor.offset + done)
         except OSError as error:
-            if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK):
+            if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM):
                 raise
-            out.write(as_bytes(tensor))  # a system that sends to sockets only
+            out.write(as_bytes(tensor))  # between these two file systems the kernel does not copy
             return
         if count == 0:
             raise OSError(f"write: {str(tensor.file.path)!r} was cut while it was read; copy or download it again")

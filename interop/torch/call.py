@@ -21,11 +21,14 @@ FIELDS = (
 
 
 class Call:
-    """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran."""
+    """One run of the model: everything but the parameters' values. `fields` names the outputs once it ran.
 
-    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, kept: tuple[str, ...]) -> None:
+    `asked` are the options of `fm.forward` that are True.
+    """
+
+    def __init__(self, names: Sequence[str], inputs: dict[str, Any], config: Any, asked: tuple[str, ...]) -> None:
         self.names, self.inputs = names, inputs
-        self.static = {"config": config, "kept": kept}
+        self.static = {"config": config, "asked": asked}
         self.fields: list[str] = []
 
     def run(self, tensors: Iterable[Tensor]) -> dict[str, jax.Array]:
@@ -75,12 +78,12 @@ class Differentiable(torch.autograd.Function):
         return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kept"))
+@functools.partial(jax.jit, static_argnames=("config", "asked"))
 def _run(
-    tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, kept: tuple[str, ...]
+    tensors: dict[str, Any], inputs: dict[str, Any], *, config: Any, asked: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    asked: dict[str, Any] = dict.fromkeys(kept, True)
-    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **asked)
+    options: dict[str, Any] = dict.fromkeys(asked, True)
+    out = fm.forward(fm.from_disk(tensors, config), config, **inputs, **options)
     if isinstance(out.attentions, tuple):
         raise ValueError(
             "TorchModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
@@ -88,9 +91,9 @@ def _run(
     return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kept"))
-def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, kept: tuple[str, ...]) -> tuple[Any, Any]:
-    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, kept=kept), trained)
+@functools.partial(jax.jit, static_argnames=("config", "asked"))
+def _run_with_vjp(trained: Any, fixed: Any, inputs: Any, *, config: Any, asked: tuple[str, ...]) -> tuple[Any, Any]:
+    return jax.vjp(lambda tensors: _run({**tensors, **fixed}, inputs, config=config, asked=asked), trained)
 
 
 @jax.jit

@@ -91,18 +91,7 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
         >>> bool((again["layers"]["mlp"]["up"]["weight"] == params["layers"]["mlp"]["up"]["weight"]).all())
         True
     """
-    tensors = source.state_dict() if isinstance(source, nn.Module) else source
-    if not isinstance(tensors, Mapping):
-        raise TypeError(
-            f"from_torch: expected a state dict or an nn.Module, got {kind_of(source)}; pass model.state_dict()"
-        )
-    if odd := {name: kind_of(value) for name, value in tensors.items() if not isinstance(value, Tensor)}:
-        raise TypeError(
-            f"from_torch: not tensors: {', '.join(f'{name!r} ({kind})' for name, kind in odd.items())}; "
-            "pass the state dict itself, of arrays use torch.from_numpy"
-        )
-    arrays = {name: to_numpy(tensor, f"from_torch: {name!r}") for name, tensor in tensors.items()}
-    _check_tied(arrays, config)
+    arrays = arrays_of("from_torch", source.state_dict() if isinstance(source, nn.Module) else source, config)
     params = fm.from_disk(arrays, config)
     if wide := [path for path, leaf in fm.tree.flatten(params).items() if is_too_wide(leaf.dtype)]:
         raise ValueError(
@@ -116,6 +105,32 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
         return jnp.asarray(leaf) if fresh else jnp.array(leaf, copy=True)
 
     return jax.block_until_ready(fm.tree.map_leaves(own, params))
+
+
+def arrays_of(
+    what: str, tensors: Mapping[str, Any], config: Any, kinds: tuple[type, ...] = (Tensor,)
+) -> dict[str, np.ndarray]:
+    """A state dict's tensors as arrays of their own memory; arrays of numpy, if they are of the `kinds`, stay as they are.
+
+    Raises:
+        ValueError, TypeError: see `from_torch`.
+    """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"{what}: expected a state dict or an nn.Module, got {kind_of(tensors)}; pass model.state_dict()"
+        )
+    odd = {name: kind_of(value) for name, value in tensors.items() if not isinstance(value, kinds)}
+    if odd:
+        raise TypeError(
+            f"{what}: not tensors: {', '.join(f'{name!r} ({kind})' for name, kind in odd.items())}; "
+            "pass the state dict itself, of arrays use torch.from_numpy"
+        )
+    arrays = {
+        name: value if isinstance(value, np.ndarray) else to_numpy(value, f"{what}: {name!r}")
+        for name, value in tensors.items()
+    }
+    _check_tied(what, arrays, config)
+    return arrays
 
 
 def _in_module_order(names: Iterable[str]) -> list[str]:
@@ -134,7 +149,7 @@ def _in_module_order(names: Iterable[str]) -> list[str]:
     return walk(fm.tree.unflatten({name: name for name in names}))
 
 
-def _check_tied(arrays: Mapping[str, np.ndarray], config: Any) -> None:
+def _check_tied(what: str, arrays: Mapping[str, np.ndarray], config: Any) -> None:
     """Raises where a repetition, which is not read, differs from what it should repeat."""
     first: dict[tuple[str, ...], str] = {}
     for name, leaves in fm.disk_names(config, tied=True, module=True).items():
@@ -145,6 +160,6 @@ def _check_tied(arrays: Mapping[str, np.ndarray], config: Any) -> None:
         same = memory(a) == memory(b) or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
         if not same:
             raise ValueError(
-                f"from_torch: the config ties {name!r} to {known!r}, but they differ; "
+                f"{what}: the config ties {name!r} to {known!r}, but they differ; "
                 "use dataclasses.replace(config, tie_word_embeddings=False)"
             )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fmodels as fm
+from interop.loading import generation_options
+from interop.positions import POSITIONS
+from interop.pretrained import Pretrained
 from interop.torch.arrays import kind_of, to_tensor
 from interop.torch.call import Call, Differentiable
-from interop.torch.convert import from_torch, to_torch
+from interop.torch.convert import arrays_of, from_torch, to_torch
 from interop.torch.inputs import either, random_key, read_inputs
 
 
@@ -56,11 +59,13 @@ class TorchOutput:
         return self.pooled
 
 
-class TorchModel(nn.Module):
+class TorchModel(Pretrained, nn.Module):
     """A model as an `nn.Module`: it owns `Parameter`s under transformers' names and computes through `fm.forward`.
 
     `named_parameters()`, `state_dict()`, `load_state_dict()`, `torch.optim`, `copy.deepcopy`, `torch.save` and the
-    conversions of dtype work as for any module. There is no dropout: `train()` and `eval()` change nothing. Gradients
+    conversions of dtype work as for any module, and the methods of transformers' models have their names here
+    (`interop.methods` lists those that there are not). There is no dropout: `train()` and `eval()` change nothing, nor does
+    `torch.autocast`: the dtypes of the parameters say what is computed in which. Gradients
     come from `jax.vjp`, compiled once per shape of the inputs; second derivatives are not available. A tied head is one
     Parameter under two names.
 
@@ -87,8 +92,12 @@ class TorchModel(nn.Module):
         torch.Size([8, 32])
     """
 
+    framework = "pt"
+    _integers = torch.int64
+    _floats = torch.float32
+
     def __init__(self, params: fm.Params, config: Any) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = config
         own: dict[int, Tensor] = {}
         tensors = to_torch(params, config)
@@ -149,9 +158,9 @@ class TorchModel(nn.Module):
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = self._tensors()
-        asked = {"hidden_states": hidden_states, "attentions": attentions}
-        kept = tuple(name for name, wanted in asked.items() if wanted)
-        call = Call(list(tensors), inputs, self.config, kept)
+        options = {"hidden_states": hidden_states, "attentions": attentions, "remat": self.is_gradient_checkpointing}
+        asked = tuple(name for name, wanted in options.items() if wanted)
+        call = Call(list(tensors), inputs, self.config, asked)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
         else:
@@ -162,6 +171,10 @@ class TorchModel(nn.Module):
     def params(self) -> fm.Params:
         """The stacked tree with the present values: a copy, which later steps of an optimizer do not change."""
         return from_torch(self._tensors(), self.config)
+
+    @params.setter
+    def params(self, params: fm.Params) -> None:
+        Pretrained.params.fset(self, params)  # pyright: ignore[reportOptionalCall]
 
     @property
     def device(self) -> torch.device:
@@ -218,13 +231,7 @@ class TorchModel(nn.Module):
             positions=None,
             token_types=None,
         )
-        base = generation_config
-        if base is not None and not isinstance(base, fm.GenerationConfig):
-            if not hasattr(base, "to_dict"):
-                raise TypeError(f"generate: generation_config must be an fm.GenerationConfig, got {kind_of(base)}")
-            base = fm.GenerationConfig.from_hf(
-                {name: value for name, value in base.to_dict().items() if value is not None}
-            )
+        base = None if generation_config is None else generation_options(generation_config)
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
             self.params,
@@ -237,61 +244,136 @@ class TorchModel(nn.Module):
         )
         return to_tensor(generated.tokens).long()
 
-    def resize_token_embeddings(
-        self, new_size: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
-    ) -> nn.Module:
-        """Resizes the vocabulary in place; see `fm.resize_embeddings`. Parameters of other sizes are new objects.
-
-        An optimizer that was made before still holds the old ones: make a new one. `requires_grad` is kept.
-
-        Args:
-            new_size: of the vocabulary; None keeps it (with `pad_to_multiple_of`: rounds it up).
-            pad_to_multiple_of: the size becomes a multiple of it.
-            **options: `key` and `init` of `fm.resize_embeddings`.
-
-        Returns:
-            The module of the input embedding, whose `.weight` is the Parameter.
-        """
-        if new_size is not None or pad_to_multiple_of is not None:
-            changed = fm.resize_embeddings(
-                self.params, self.config, new_size, pad_to_multiple_of=pad_to_multiple_of, **options
-            )
-            self._replace(*changed)
-        return self.get_input_embeddings()
-
-    def prune_heads(self, heads: Mapping[int, Iterable[int]]) -> None:
-        """Removes heads, by their original numbers, in place; see `fm.prune_heads`. Smaller Parameters are new objects."""
-        self._replace(*fm.prune_heads(self.params, self.config, {layer: list(gone) for layer, gone in heads.items()}))
+    # --- tables and heads ---------------------------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
         """The module whose `.weight` is the table of the tokens."""
-        name = next(
-            name for name, leaves in fm.disk_names(self.config, module=True).items() if leaves == ("embed.tokens",)
-        )
-        return self.get_submodule(name.rpartition(".")[0])
+        return self._module_of("embed.tokens")
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers; a tied head once. `exclude_embeddings` leaves out the tables under `embed`."""
-        names = fm.disk_names(self.config, module=True).items() if exclude_embeddings else ()
-        left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
-        return sum(
-            p.numel()
-            for n, p in self.named_parameters()
-            if n not in left_out and (p.requires_grad or not only_trainable)
-        )
+    def set_input_embeddings(self, value: nn.Module | Tensor) -> None:
+        """Makes the `.weight` of a module, or a Parameter or tensor, the table of the tokens, and a tied head with it.
 
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
-        """A module from a checkpoint; `source` and `options` are those of `fm.load`."""
-        return cls(*fm.load(source, **options))
+        Raises:
+            ValueError: it has another shape; `resize_token_embeddings` changes the size.
+        """
+        self._set_weight("set_input_embeddings", self.get_input_embeddings(), value)
+        self.tie_weights()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Saves a checkpoint that transformers and `from_pretrained` load; `options` are those of `fm.save`."""
-        fm.save(self.params, self.config, folder, **options)
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module whose `.weight` gives the logits over the vocabulary; None if the model has no such head."""
+        tied = self.config.tie_word_embeddings
+        names = _names_of("embed.tokens" if tied else "lm_head.weight", self.config, tied=True)
+        heads = names[1:] if tied else names  # the first is that of the table
+        return self.get_submodule(heads[-1].rpartition(".")[0]) if heads else None
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads a checkpoint; `repo_id` and `options` are those of `fm.push_to_hub`. Returns the address."""
-        return fm.push_to_hub(self.params, self.config, repo_id, **options)
+    def set_output_embeddings(self, value: nn.Module | Tensor) -> None:
+        """Makes the `.weight` of a module, or a Parameter or tensor, that of the head.
+
+        Raises:
+            ValueError: the model has no such head, or a tied one, which `set_input_embeddings` sets; another shape.
+        """
+        head = self.get_output_embeddings()
+        if head is None or self.config.tie_word_embeddings:
+            raise ValueError(
+                f"set_output_embeddings: {self.config.model_type} of task {self.config.task!r} has "
+                f"{'no' if head is None else 'a tied'} head; fm.untie gives a tied one a table of its own"
+            )
+        self._set_weight("set_output_embeddings", head, value)
+
+    def get_position_embeddings(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The module whose `.weight` is the table of positions; the encoder's and the decoder's if there are two.
+
+        Raises:
+            NotImplementedError: the model has none.
+        """
+        names = [name for path in POSITIONS for name in _names_of(path, self.config)]
+        if not names:
+            raise NotImplementedError(f"get_position_embeddings: {self.config.model_type} has no table of positions")
+        modules = [self.get_submodule(name.rpartition(".")[0]) for name in names]
+        return modules[0] if len(modules) == 1 else tuple(modules)
+
+    def tie_weights(self, **options: Any) -> None:
+        """Makes what the config ties one Parameter again, that of the first name; see `fm.tie` and `fm.untie`.
+
+        Args:
+            **options: `missing_keys` and `recompute_mapping` of transformers, of no effect.
+        """
+        if odd := options.keys() - {"missing_keys", "recompute_mapping"}:
+            raise TypeError(f"tie_weights: unknown {', '.join(odd)}")
+        places = fm.disk_names(self.config, tied=True, module=True)
+        first: dict[tuple[str, ...], str] = {}
+        for name, leaves in places.items():
+            home = first.setdefault(leaves, name)
+            if name != home:
+                module, _, last = name.rpartition(".")
+                setattr(self.get_submodule(module), last, self._get(home))
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The module that holds the base model's parameters; it is not called. The model itself if it has no head."""
+        prefix = self.base_model_prefix if self.config.task != "base" else ""
+        return self.get_submodule(prefix) if prefix else self
+
+    def get_encoder(self) -> nn.Module:
+        """The module that holds the encoder's parameters; it is not called. The model itself if it is one stack."""
+        return self._part("encoder")
+
+    def get_decoder(self) -> nn.Module:
+        """The module that holds the decoder's parameters; it is not called. The base model if it is one stack."""
+        return self._part("decoder")
+
+    def _part(self, part: str) -> nn.Module:
+        base = self.base_model
+        return getattr(base, part) if self.config.is_encoder_decoder and hasattr(base, part) else base
+
+    # --- what `Pretrained` asks for -------------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, Tensor]:
+        return self._tensors()
+
+    def _is_trained(self, tensor: Tensor) -> bool:
+        return tensor.requires_grad
+
+    def _set_dtype(self, dtype: str, names: Iterable[str]) -> None:
+        for name in names:
+            tensor = self._get(name)
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(getattr(torch, dtype))
+
+    @staticmethod
+    def _tensor(value: Any, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(value).to(dtype)
+
+    @staticmethod
+    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        return arrays_of("from_pretrained", tensors, config, (Tensor, np.ndarray))
+
+    @staticmethod
+    def _bytes_of(dtype: torch.dtype) -> int:
+        return dtype.itemsize
+
+    @staticmethod
+    def _lowest(dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).min
+
+    def _get(self, name: str) -> Tensor:
+        module, _, last = name.rpartition(".")
+        return getattr(self.get_submodule(module), last)
+
+    def _module_of(self, leaf: str) -> nn.Module:
+        return self.get_submodule(_names_of(leaf, self.config)[0].rpartition(".")[0])
+
+    def _set_weight(self, what: str, module: nn.Module, value: Any) -> None:
+        weight = getattr(value, "weight", value)
+        old: Any = module.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{what}: expected a module with a weight, a Parameter or a tensor, got {kind_of(value)}")
+        if weight.shape != old.shape:
+            raise ValueError(
+                f"{what}: expected a weight of shape {list(old.shape)}, got {list(weight.shape)}; resize_token_embeddings "
+                "changes the size of the vocabulary"
+            )
+        module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach().clone())
 
     def extra_repr(self) -> str:
         return f"{self.config.model_type}, {self.config.task}, computed by jax"
@@ -321,13 +403,23 @@ class TorchModel(nn.Module):
                 if old.shape == tensor.shape:
                     own[id(tensor)] = old
                     with torch.no_grad():
-                        old.copy_(tensor)
+                        if old.dtype == tensor.dtype:
+                            old.copy_(tensor)
+                        else:
+                            old.data = tensor.clone(memory_format=torch.contiguous_format)
                 else:
                     new = _parameter(tensor) if isinstance(old, nn.Parameter) else tensor.clone()
                     own[id(tensor)] = new.requires_grad_(old.requires_grad)
             module, _, last = name.rpartition(".")
             setattr(self.get_submodule(module), last, own[id(tensor)])
         self.config = config
+
+
+@functools.lru_cache(maxsize=256)
+def _names_of(leaf: str, config: Any, tied: bool = False) -> tuple[str, ...]:
+    """The names of PyTorch's tensors that are this leaf."""
+    places = fm.disk_names(config, tied=tied, module=True).items()
+    return tuple(name for name, leaves in places if leaves == (leaf,))
 
 
 @functools.lru_cache(maxsize=64)

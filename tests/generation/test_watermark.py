@@ -71,6 +71,21 @@ def test_beams_bear_the_mark(gpt2, settings):
     np.testing.assert_allclose(got.sequence_scores, want.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[3]], ids=str)
+def test_speculation_bears_the_mark(gpt2, settings):
+    """The text of transformers, which guesses one row at a time."""
+    model, params, config = gpt2
+    tokens = np.tile(np.random.default_rng(4).integers(10, 97, (2, 4)), 3)
+    options = fm.GenerationConfig(watermarking_config=settings, prompt_lookup_num_tokens=3)
+    got = fm.generate(params, config, tokens, max_new_tokens=20, options=options)
+    for row, count, text in zip(tokens, np.asarray(got.lengths), np.asarray(got.tokens), strict=True):
+        want = model.generate(
+            torch.tensor(row[None]), attention_mask=torch.ones((1, 12), dtype=torch.long), max_new_tokens=20, do_sample=False,
+            watermarking_config=hf.WatermarkingConfig(**settings), prompt_lookup_num_tokens=3,
+        )  # fmt: skip
+        np.testing.assert_array_equal(text[: 12 + count], want[0])
+
+
 def test_sampled_text_is_detected_and_plain_text_is_not(gpt2):
     _, params, config = gpt2
     tokens = np.random.default_rng(1).integers(10, 97, (6, 5))
@@ -131,6 +146,34 @@ def test_synthid_text_equals_transformers(gpt2, settings, more):
     np.testing.assert_allclose(ours[~dropped], theirs[~dropped], atol=2e-4)
 
 
+def test_synthid_with_speculation(gpt2):
+    """The text of transformers without guesses; its own remembers guesses that did not hold."""
+    model, params, config = gpt2
+    tokens = np.random.default_rng(0).integers(10, 97, (2, 7))
+    want = model.generate(
+        torch.tensor(tokens), attention_mask=torch.ones(tokens.shape, dtype=torch.long), max_new_tokens=20, do_sample=False,
+        watermarking_config=hf.SynthIDTextWatermarkingConfig(**SYNTHID[0]),
+    )  # fmt: skip
+    options = fm.GenerationConfig(watermarking_config=SYNTHID[0], num_assistant_tokens=4)
+    noisy = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    got = fm.generate(params, config, tokens, max_new_tokens=20, options=options, draft=(noisy, config))
+    np.testing.assert_array_equal(got.tokens, want)
+    assert 3 < np.asarray(got.outputs["calls"]).max() < 18  # some guesses hold, some do not
+    drawn = {"do_sample": True, "top_k": 0, "watermarking_config": SYNTHID[0]}
+    plain, guessed = (
+        fm.generate(
+            params,
+            config,
+            tokens,
+            max_new_tokens=20,
+            options=fm.GenerationConfig(**drawn, **more),
+            key=jax.random.key(1),
+        )
+        for more in ({}, {"prompt_lookup_num_tokens": 3})
+    )
+    np.testing.assert_array_equal(plain.tokens, guessed.tokens)
+
+
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 20, "top_p": 0.9, "temperature": 0.7}], ids=str)
 def test_synthid_draws_from_what_transformers_draws_from(gpt2, cuts):
     """The log-probabilities of drawn tokens are those of transformers' functions on the same text."""
@@ -184,6 +227,9 @@ def test_bad_settings(gpt2):
             fm.generate(params, config, [[5, 6]], max_new_tokens=2, options=options)
     options = fm.GenerationConfig(watermarking_config=synthid, num_beams=2)
     with pytest.raises(NotImplementedError, match=r"SynthID .* is not supported with beams"):
+        fm.generate(params, config, [[5, 6]], max_new_tokens=2, options=options)
+    options = fm.GenerationConfig(watermarking_config=synthid, penalty_alpha=0.5, top_k=3)
+    with pytest.raises(NotImplementedError, match=r"watermarking_config is not supported with contrastive"):
         fm.generate(params, config, [[5, 6]], max_new_tokens=2, options=options)
     with pytest.raises(ValueError, match="give vocab_size"):
         fm.detect_watermark([[1, 2, 3]], {"bias": 2.0})

@@ -132,11 +132,11 @@ def test_index_that_does_not_fit(tmp_path):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "tf_model.h5").touch()
-    (tmp_path / "q4.gguf").touch()
-    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors.*q4\.gguf, tf_model\.h5"):
+    (tmp_path / "q4.onnx").touch()
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors.*q4\.onnx, tf_model\.h5"):
         read_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="use read_file"):
-        read_folder(tmp_path / "q4.gguf")
+        read_folder(tmp_path / "q4.onnx")
     with pytest.raises(FileNotFoundError, match="check the path"):
         read_folder(tmp_path / "absent")
 
@@ -229,7 +229,7 @@ def test_bad_arguments_change_nothing(tmp_path):
     write_folder(tmp_path / "m", make(1), files={"config.json": b"1"})
     before = content(tmp_path)
     bad = [
-        {"format": "gguf"},
+        {"format": "onnx"},
         {"max_shard_size": "5"},
         {"max_shard_size": 0},
         {"max_shard_size": "5 apples"},

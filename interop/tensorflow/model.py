@@ -1,23 +1,12 @@
-"""TensorFlow: weights in both directions, and a `tf.Module` that trains, generates and exports a SavedModel.
-
-What is shared and what is copied, on the CPU:
-
-* `to_tensorflow` shares the memory of every tensor that lies in one piece on a 64-byte boundary. Copied are tensors
-  that Hugging Face lays out differently (GPT-2's transposed and fused matrices), layers of a stacked leaf that do not
-  begin on such a boundary (TensorFlow aborts the process on those), and float8, which TensorFlow's dlpack lacks.
-* `from_tensorflow` shares what needs no stacking when it comes as `tf.Tensor`, which nobody can change. Variables and
-  numpy arrays are copied, since they can change under the tree.
-* `TFModel` owns its memory. Arrays on an accelerator go through the host.
-
-All of it is exact to the bit, bfloat16, float16 and float8 included.
-"""
+"""`TFModel`, a `tf.Module` that computes through JAX."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,8 +14,11 @@ import tensorflow as tf
 from jax.experimental import jax2tf
 
 import fmodels as fm
+from interop.loading import generation_options
+from interop.positions import POSITIONS
+from interop.pretrained import Pretrained
+from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_tensor
 
-ALIGNMENT = 64
 PLATFORMS = ("cpu", "cuda", "tpu")
 ALIASES = {
     "input_ids": "tokens",
@@ -67,92 +59,16 @@ class TFOutput(NamedTuple):
         return self.pooled
 
 
-def to_tensorflow(params: fm.Params, config: Any) -> dict[str, tf.Tensor]:
-    """The tensors under the names and in the layout of transformers' PyTorch models, as `interop.torch.to_torch`.
-
-    Tied repetitions are included, as in a `state_dict`; they share memory with what they repeat.
-
-    Args:
-        params: the tree, stacked or a tuple of layers.
-        config: its config.
-
-    Returns:
-        Name -> `tf.Tensor` in the host's memory, which it shares with `params` where the module's docstring says so.
-
-    Raises:
-        ValueError: the tree does not fit the config, or holds something else than arrays.
-
-    Example:
-        >>> config = fm.models.gpt2.Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=1,
-        ...                                num_heads=2, num_kv_heads=2, head_dim=4, max_positions=16, task="causal-lm")
-        >>> tensors = to_tensorflow(fm.init(config, jax.random.key(0)), config)
-        >>> tensors["transformer.wte.weight"].shape, tensors["transformer.h.0.attn.c_attn.weight"].shape
-        (TensorShape([11, 8]), TensorShape([8, 24]))
-    """
-    return {name: _to_tensor(array) for name, array in _disk_arrays(params, config, "to_tensorflow", tied=True).items()}
-
-
-def from_tensorflow(tensors_or_module: Any, config: Any) -> fm.Params:
-    """A stacked tree from TensorFlow's tensors under transformers' PyTorch names; the inverse of `to_tensorflow`.
-
-    Args:
-        tensors_or_module: name -> `tf.Tensor`, `tf.Variable`, Keras variable or numpy array; or a `TFModel`; or any
-            object whose `variables` have those names. Repeated tensors of a tied head are accepted.
-        config: the config.
-
-    Returns:
-        A tree of jax arrays in the dtypes that came, stacked unless the config makes the layers differ.
-
-    Raises:
-        ValueError: tensors are missing, unexpected, of another shape, of a 64-bit dtype that jax would cut to 32 bits,
-            or a tied head that differs from its embedding; all are listed.
-        TypeError: `tensors_or_module` is nothing of the above.
-
-    Example:
-        >>> config = fm.models.gpt2.Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=1,
-        ...                                num_heads=2, num_kv_heads=2, head_dim=4, max_positions=16, task="causal-lm")
-        >>> params = fm.init(config, jax.random.key(0), dtype="bfloat16")
-        >>> again = from_tensorflow(to_tensorflow(params, config), config)
-        >>> bool((again["layers"]["mlp"]["up"]["weight"] == params["layers"]["mlp"]["up"]["weight"]).all())
-        True
-    """
-    named = _named(tensors_or_module)
-    arrays = {name: _to_numpy(value, name) for name, value in named.items()}
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        names = ("float64", "int64", "uint64", "complex128")
-        if wide := [f"{name!r} is {array.dtype}" for name, array in arrays.items() if array.dtype.name in names]:
-            raise ValueError(
-                f"from_tensorflow: {len(wide)} tensors have 64 bits, which jax would cut to 32: {', '.join(wide[:20])}"
-                '; tf.cast them to float32, or set jax.config.update("jax_enable_x64", True)'
-            )
-    _check_repeated(config, arrays)
-    params = fm.from_disk(arrays, config)
-    shared = all(isinstance(value, tf.Tensor) for value in named.values())
-    return jax.tree.map(lambda a: jax.device_put(a if shared or a.flags.owndata else a.copy()), params)
-
-
-def _check_repeated(config: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises if a tensor that came as the repetition of another is none: it would get lost."""
-    places = fm.disk_names(config, tied=True, module=True)
-    first: dict[tuple[str, ...], str] = {}
-    for name, leaves in places.items():
-        first.setdefault(leaves, name)
-    pairs = [(name, first[leaves]) for name, leaves in places.items() if name != first[leaves]]
-    unequal = [a for a, b in pairs if a in arrays and b in arrays and not _same(arrays[a], arrays[b])]
-    if unequal:
-        raise ValueError(
-            f"from_tensorflow: the config ties {', '.join(map(repr, unequal))} to another tensor, but they differ; "
-            "use dataclasses.replace(config, tie_word_embeddings=False)"
-        )
-
-
-class TFModel(tf.Module):
+class TFModel(Pretrained, tf.Module):
     """A model for TensorFlow: variables under transformers' PyTorch names, computed by the JAX function.
 
     `model(tokens, mask)` works under `tf.GradientTape`, inside of `tf.function`, and with the optimizers of Keras and
     TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. XLA compiles once for each shape
     of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
     compiled program, whose compile time does therefore not grow with depth.
+
+    In a Keras model it is a layer, `TFLayer`. The methods of transformers' models have their names here (`interop.methods`
+    lists those that there are not).
 
     Token ids and the other inputs are checked against their tables where they are known: outside of `tf.function`.
 
@@ -174,18 +90,29 @@ class TFModel(tf.Module):
         'transformer.wte.weight:0'
     """
 
+    framework = "tf"
+    supports_xla_generation = True
+    _integers = tf.int32
+    _floats = tf.float32
+
     def __init__(self, params: fm.Params, config: Any):
-        super().__init__(name=config.model_type.replace("-", "_"))
+        tf.Module.__init__(self, name=config.model_type.replace("-", "_"))
         # A namespace, because tf.Module would wrap and track a dict of functions.
         self._functions = types.SimpleNamespace(by_inputs={})
         self.named_variables: dict[str, tf.Variable] = {}
         self._assign(params, config)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "params":  # whose setter copies it; tf.Module would wrap the tree and keep it
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _assign(self, params: fm.Params, config: Any) -> None:
         """Takes over weights; variables whose shape stays keep their identity, and with it their optimizer's state."""
         variables = {}
         buffers = fm.models.family(config).weights.of_module.buffers(config)  # which PyTorch does not train
-        for name, array in _disk_arrays(params, config, "TFModel").items():
+        for name, array in disk_arrays(params, config, "TFModel").items():
             old = self.named_variables.get(name)
             if old is not None and tuple(old.shape) == array.shape and old.dtype == tf.as_dtype(array.dtype):
                 old.assign(array)
@@ -195,7 +122,7 @@ class TFModel(tf.Module):
                 trainable = old.trainable if old is not None else fresh
                 # Not a tensor that shares JAX's memory: the variable must own what it changes.
                 variables[name] = tf.Variable(tf.convert_to_tensor(array), trainable=trainable, name=name)
-        self.named_variables = variables
+        self._take(variables)
         self.config = config
         embed = params["embed"] | params.get("decoder", {}).get("embed", {})
         self._tables = types.SimpleNamespace(
@@ -204,6 +131,9 @@ class TFModel(tf.Module):
             positions=embed["positions"].shape[0] - config.position_offset if "positions" in embed else None,
             token_types=embed["types"].shape[0] if "types" in embed else None,
         )
+
+    def _take(self, variables: dict[str, tf.Variable]) -> None:
+        self.named_variables = variables
         self._functions.by_inputs.clear()
 
     @property
@@ -221,17 +151,14 @@ class TFModel(tf.Module):
         """A copy of the weights as they are now, as a stacked tree of jax arrays."""
         return from_tensorflow(self, self.config)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Counts numbers, a tied head once; `exclude_embeddings` leaves out the tables under `embed`."""
-        names = fm.disk_names(self.config, module=True).items() if exclude_embeddings else ()
-        left_out = {name for name, leaves in names if leaves[0].split(".")[-2] == "embed"}
-        counted = [v for n, v in self.named_variables.items() if n not in left_out]
-        return sum(int(tf.size(v)) for v in counted if v.trainable or not only_trainable)
+    @params.setter
+    def params(self, params: fm.Params) -> None:
+        Pretrained.params.fset(self, params)  # pyright: ignore[reportOptionalCall]
 
-    def get_input_embeddings(self) -> tf.Variable:
-        """The table of the tokens."""
-        names = fm.disk_names(self.config, module=True).items()
-        return self.named_variables[next(name for name, leaves in names if leaves == ("embed.tokens",))]
+    @property
+    def dtype(self) -> tf.DType:
+        """The type of the first floating variable."""
+        return next(v.dtype for v in self.variables if v.dtype.is_floating)
 
     def __call__(
         self,
@@ -280,10 +207,10 @@ class TFModel(tf.Module):
 
     def _convert(self, names: Iterable[str], rank: int, *, with_gradient: bool) -> Any:
         """A TensorFlow function of a dict of inputs, whose batch and length may be anything."""
-        config, variables = self.config, dict(self.named_variables)
+        config, variables, remat = self.config, dict(self.named_variables), self.is_gradient_checkpointing
 
         def forward(tensors: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-            out = fm.forward(fm.from_disk(tensors, config), config, **inputs)
+            out = fm.forward(fm.from_disk(tensors, config), config, **inputs, remat=remat)
             fields = {name: getattr(out, name) for name in TFOutput._fields}
             return {name: value for name, value in fields.items() if value is not None}
 
@@ -363,7 +290,7 @@ class TFModel(tf.Module):
         mask: Any = None,
         *,
         max_new_tokens: int | None = None,
-        generation_config: fm.GenerationConfig | None = None,
+        generation_config: Any = None,
         seed: int | None = None,
         key: Any = None,
         **options: Any,
@@ -374,7 +301,7 @@ class TFModel(tf.Module):
             tokens: `(b t)` int32 or int64 prompts, padded on either side. Also `input_ids`.
             mask: `(b t)` bool or 0/1. Also `attention_mask`.
             max_new_tokens: how many tokens to add at most.
-            generation_config: all options at once; `options` go before it.
+            generation_config: `fm.GenerationConfig` or transformers'; `options` go before it.
             seed: a number for sampling, or `key`.
             key: JAX's random key.
             **options: by the names of `fm.GenerationConfig`, such as `do_sample=True, top_p=0.9`.
@@ -389,6 +316,7 @@ class TFModel(tf.Module):
         if seed is not None and key is not None:
             raise TypeError("generate: pass one of seed= and key=")
         prompt = inputs["tokens"]
+        base = None if generation_config is None else generation_options(generation_config)
         new = fm.GenerationConfig(**options)
         generated = fm.generate(
             self.params,
@@ -397,73 +325,141 @@ class TFModel(tf.Module):
             mask=inputs["mask"].numpy() if "mask" in inputs else None,
             max_new_tokens=max_new_tokens,
             key=key if seed is None else jax.random.key(seed),
-            options=new if generation_config is None else generation_config.replace(**new.to_hf()),
+            options=new if base is None else base.replace(**new.to_hf()),
         )
-        return tf.cast(_to_tensor(np.asarray(generated.tokens)), prompt.dtype)
+        return tf.cast(to_tensor(np.asarray(generated.tokens)), prompt.dtype)
 
-    def resize_token_embeddings(
-        self, new_size: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
-    ) -> tf.Variable:
-        """Resizes the vocabulary in place; see `fm.resize_embeddings`. Variables of other sizes are new objects.
+    # --- tables and heads ---------------------------------------------------------------------------------------------
 
-        An optimizer that was made before still holds the old ones: make a new one.
+    def get_input_embeddings(self) -> tf.Variable:
+        """The table of the tokens."""
+        return self._variables_of("embed.tokens")[0]
 
-        Args:
-            new_size: of the vocabulary; None keeps it (with `pad_to_multiple_of`: rounds it up).
-            pad_to_multiple_of: the size becomes a multiple of it.
-            **options: `key` and `init` of `fm.resize_embeddings`.
+    def set_input_embeddings(self, value: Any) -> None:
+        """Assigns a tensor, or the first weight of a layer, to the table of the tokens, and so to a tied head."""
+        self.get_input_embeddings().assign(value.weights[0] if hasattr(value, "weights") else value)
 
-        Returns:
-            The table of the tokens.
-        """
-        if new_size is not None or pad_to_multiple_of is not None:
-            options["pad_to_multiple_of"] = pad_to_multiple_of
-            self._assign(*fm.resize_embeddings(self.params, self.config, new_size, **options))
-        return self.get_input_embeddings()
+    def get_output_embeddings(self) -> tf.Variable | None:
+        """The weight that gives the logits over the vocabulary; None if the model has no such head."""
+        if self.config.tie_word_embeddings:
+            return self.get_input_embeddings() if self._has_head() else None
+        return next(iter(self._variables_of("lm_head.weight")), None)
 
-    def prune_heads(self, heads: Mapping[int, Iterable[int]]) -> None:
-        """Removes heads, by their original numbers, in place; see `fm.prune_heads`. Smaller variables are new."""
-        gone = {layer: list(numbers) for layer, numbers in heads.items()}
-        self._assign(*fm.prune_heads(self.params, self.config, gone))
+    def set_output_embeddings(self, value: Any) -> None:
+        """Assigns a tensor, or the first weight of a layer, to the weight of the head; a tied one is the table, too."""
+        head = self.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"set_output_embeddings: a model of task {self.config.task!r} has no head over the vocabulary"
+            )
+        head.assign(value.weights[0] if hasattr(value, "weights") else value)
 
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **load_options: Any) -> Self:
-        """A model from a checkpoint folder or Hub id; the options are those of `fm.load`."""
-        return cls(*fm.load(source, **load_options))
+    def get_lm_head(self) -> tf.Variable | None:
+        """As `get_output_embeddings`."""
+        return self.get_output_embeddings()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **save_options: Any) -> None:
-        """Saves a checkpoint that transformers loads; the options are those of `fm.save`."""
-        fm.save(self.params, self.config, folder, **save_options)
+    def get_bias(self) -> dict[str, tf.Variable] | None:
+        """The bias of the logits over the vocabulary, by its name; None if there is none."""
+        places = fm.disk_names(self.config, module=True).items()
+        found = {
+            n: self.named_variables[n]
+            for n, leaves in places
+            if leaves == ("lm_head.bias",) and n in self.named_variables
+        }
+        return found or None
 
-    def export(self, folder: str | os.PathLike[str], *, inputs: Sequence[str] = ("tokens", "mask")) -> None:
-        """Writes a SavedModel for inference, which needs TensorFlow and no JAX to run.
+    def set_bias(self, value: Mapping[str, Any]) -> None:
+        """Assigns to what `get_bias` gives."""
+        bias = self.get_bias() or {}
+        if value.keys() != bias.keys():
+            raise ValueError(f"set_bias: expected {', '.join(bias) or 'nothing'}, got {', '.join(value)}")
+        for name, new in value.items():
+            bias[name].assign(new)
 
-        Its signature `serving_default` takes the inputs by name, int32, of any batch and length, and returns what the
-        fields of `TFOutput` hold; the weights are variables of `loaded.weights`. It runs where XLA does: on a CPU, GPU
-        or TPU, not in TensorFlow.js or TensorFlow Lite. JAX promises to load it for six months: it is for serving, a
-        checkpoint (`save_pretrained`) is for keeping. Tokens are not checked against the vocabulary.
-
-        Args:
-            folder: made if it is not there.
-            inputs: which inputs it takes, of tokens, mask, positions, token_types, decoder_tokens and decoder_mask.
+    def get_position_embeddings(self) -> tf.Variable | tuple[tf.Variable, ...]:
+        """The table of positions; the encoder's and the decoder's if there are two.
 
         Raises:
-            ValueError: `inputs` lacks the tokens or has unknown names.
+            NotImplementedError: the model has none.
         """
-        known = tuple(ALIASES.values())
-        if "tokens" not in inputs or any(name not in known for name in inputs):
-            raise ValueError(f"export: inputs are tokens and any of {', '.join(known[1:])}; got {', '.join(inputs)}")
-        rank = self._rank()
-        converted = self._convert(inputs, rank, with_gradient=False)
+        tables = [table for path in POSITIONS for table in self._variables_of(path)]
+        if not tables:
+            raise NotImplementedError(f"get_position_embeddings: {self.config.model_type} has no table of positions")
+        return tables[0] if len(tables) == 1 else tuple(tables)
 
-        def serve(**given: tf.Tensor) -> dict[str, tf.Tensor]:
-            return converted({name: tf.cast(t, _kind(name)) for name, t in given.items()})
+    def tie_weights(self) -> None:
+        """Does nothing: what the config ties is one variable under one name."""
 
-        module = tf.Module(name=self.name)
-        module.weights = dict(self.named_variables)  # pyright: ignore[reportAttributeAccessIssue]
-        specs = {name: tf.TensorSpec([None] * rank, tf.int32, name=name) for name in inputs}
-        signature = tf.function(serve, autograph=False).get_concrete_function(**specs)
-        tf.saved_model.save(module, os.fspath(folder), signatures={"serving_default": signature})
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """What `model(**inputs)` takes, by transformers' names: int32, of any batch and length."""
+        names = ["input_ids", "attention_mask", "position_ids"]
+        names += ["token_type_ids"] if self._tables.token_types is not None else []
+        names += ["decoder_input_ids", "decoder_attention_mask"] if self.config.is_encoder_decoder else []
+        return {name: tf.TensorSpec([None] * self._rank(), tf.int32, name=name) for name in names}
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, saved_model: bool = False, version: int = 1, **options: Any
+    ) -> None:
+        """As `Pretrained.save_pretrained`; also a SavedModel, `saved_model/<version>`, if `saved_model`; see `export`."""
+        super().save_pretrained(folder, **options)
+        if saved_model and options.get("is_main_process", True):
+            self.export(os.path.join(os.fspath(folder), "saved_model", str(version)))
+
+    # --- what `Pretrained` asks for -------------------------------------------------------------------------------------
+
+    def _named(self) -> dict[str, tf.Variable]:
+        return self.named_variables
+
+    def _is_trained(self, tensor: tf.Variable) -> bool:
+        return tensor.trainable
+
+    def _replace(self, params: fm.Params, config: Any) -> None:
+        self._assign(params, config)
+
+    def _set_dtype(self, dtype: str, names: Iterable[str]) -> None:
+        changed = dict(self.named_variables)
+        for name in names:
+            old = changed[name]
+            if old.dtype.is_floating and old.dtype.name != dtype:
+                changed[name] = tf.Variable(tf.cast(old, dtype), trainable=old.trainable, name=name)
+        self._take(changed)
+
+    def _set_remat(self, value: bool) -> None:
+        super()._set_remat(value)
+        self._functions.by_inputs.clear()
+
+    @staticmethod
+    def _tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
+        return tf.cast(value, dtype)
+
+    @staticmethod
+    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        return arrays_of("from_pretrained", tensors, config)
+
+    @staticmethod
+    def _bytes_of(dtype: tf.DType) -> int:
+        return dtype.size
+
+    @staticmethod
+    def _lowest(dtype: tf.DType) -> float:
+        return float(dtype.min)
+
+    def _variables_of(self, leaf: str) -> list[tf.Variable]:
+        places = fm.disk_names(self.config, module=True).items()
+        return [self.named_variables[name] for name, leaves in places if leaves == (leaf,)]
+
+    def _has_head(self) -> bool:
+        places = fm.disk_names(dataclasses.replace(self.config, tie_word_embeddings=False), module=True)
+        return ("lm_head.weight",) in places.values()
+
+    # --- SavedModel -----------------------------------------------------------------------------------------------------
+
+    def export(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a SavedModel for inference, which needs TensorFlow and no JAX; see `interop.saved_model.export`."""
+        from interop.saved_model import export
+
+        export(self, folder, **options)
 
 
 def _kind(name: str) -> tf.DType:
@@ -474,75 +470,3 @@ def _kind(name: str) -> tf.DType:
 def _length(name: str, names: Iterable[str]) -> str:
     """The letter of an input's length: a decoder has its own, and positions are the decoder's."""
     return "s" if "decoder_tokens" in names and (name.startswith("decoder_") or name == "positions") else "t"
-
-
-def _disk_arrays(params: fm.Params, config: Any, what: str, *, tied: bool = False) -> dict[str, np.ndarray]:
-    """The tensors by their names on disk, as numpy arrays, which are views of the tree where the layout allows it."""
-    flat = fm.tree.flatten(params)
-    strange = [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]
-    if strange:
-        kinds = ", ".join(f"{path!r} is a {type(flat[path]).__name__}" for path in strange[:20])
-        raise ValueError(f"{what}: {len(strange)} leaves are not plain arrays: {kinds}; dequantize or merge them first")
-    fm.check(params, config)
-    host = fm.tree.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
-    return fm.to_disk(host, config, tied=tied, module=True)
-
-
-class _Writable:
-    """Lends an array's memory without its read-only flag, which numpy's dlpack cannot pass on; tensors are constant."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        interface = array.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-
-def _to_tensor(array: np.ndarray) -> tf.Tensor:
-    """A tensor that shares the array's memory if TensorFlow can read it where it lies, else a copy."""
-    dtype = tf.as_dtype(array.dtype)
-    plain = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}.get(array.itemsize)
-    aligned = array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0 and array.size > 0
-    if not aligned or plain is None or dtype.name.startswith("float8") or dtype == tf.bool:
-        return tf.convert_to_tensor(array)
-    # As integers, because numpy's dlpack knows no bfloat16; bitcast shares memory too.
-    lent = np.asarray(_Writable(array.view(plain)))
-    return tf.bitcast(tf.experimental.dlpack.from_dlpack(lent.__dlpack__()), dtype)
-
-
-def _to_numpy(value: Any, name: str) -> np.ndarray:
-    """A view of the tensor's memory if it is on the host; the caller copies it if it can change."""
-    if isinstance(value, np.ndarray | jax.Array):
-        return np.asarray(value)
-    try:
-        tensor = tf.convert_to_tensor(value)
-    except (TypeError, ValueError) as error:
-        kind = type(value).__name__
-        raise TypeError(f"from_tensorflow: {name!r} must be a tensor, variable or numpy array; got {kind}") from error
-    if tf.is_symbolic_tensor(tensor):
-        raise ValueError(f"from_tensorflow: {name!r} has no value yet; call it outside of tf.function")
-    if "CPU" not in tensor.device or tensor.dtype not in (tf.float32, tf.float16, tf.bfloat16):
-        return tensor.numpy()
-    if tensor.dtype == tf.bfloat16:
-        return np.from_dlpack(tf.bitcast(tensor, tf.uint16)).view(tf.bfloat16.as_numpy_dtype)
-    return np.from_dlpack(tensor)  # pyright: ignore[reportArgumentType]
-
-
-def _named(source: Any) -> dict[str, Any]:
-    """Name -> tensor or variable."""
-    if isinstance(source, Mapping):
-        return dict(source)
-    if isinstance(source, TFModel):
-        return dict(source.named_variables)
-    if not hasattr(source, "variables"):
-        raise TypeError(
-            f"from_tensorflow: expected a dict of tensors or an object with `variables`, got {type(source).__name__}"
-        )
-    names = [str(getattr(v, "path", v.name)).removesuffix(":0") for v in source.variables]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"from_tensorflow: several variables are called {', '.join(repeated)}; pass a dict of tensors")
-    return dict(zip(names, source.variables, strict=True))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Bit for bit, NaNs included."""
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -1,0 +1,167 @@
+"""Which tensors an adapter of PEFT has, by the names of its files, and what each is to a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fmodels import layout, schema
+from fmodels.adapter_config import AdapterConfig
+from fmodels.models import Config, family
+from fmodels.weights.rules import Place, Weights
+
+PREFIX = "base_model.model."
+"""What PEFT puts before PyTorch's names."""
+LINEAR = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+"""Ends of the names of the tensors that belong to an adapted module, matrix or table."""
+ROWS = ".token_adapter"
+"""What comes between the name of a table and those of the rows that belong to the adapter."""
+
+OWN_TABLES = ("embed_positions", "rel_embeddings")
+"""Ends of the names of tables that transformers reads in ways of its own, which PEFT's adapters of tables do not know: from
+position 2 on (OPT, BART), as a whole (DeBERTa)."""
+
+
+class Role(NamedTuple):
+    """What a tensor of an adapter is.
+
+    Attributes:
+        part: `"a"`, `"b"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
+            for some of its rows; `"base"` for what is the model's own; `"unused"`.
+        name: PyTorch's name of the model's tensor.
+        module: the name by which ranks and scales are found.
+        required: whether each such adapter has it.
+        table: whether the tensor is a table of embeddings, of which PEFT stores the factors transposed.
+    """
+
+    part: str
+    name: str
+    module: str
+    required: bool = True
+    table: bool = False
+
+
+class Model(NamedTuple):
+    """PyTorch's names of a model.
+
+    Attributes:
+        places: name -> place.
+        tied: name -> the leaf that it repeats.
+        modules: module -> `"linear"`, `"head"` of the language model, `"table"`, or `"other"`.
+        embedding: the module of the token table.
+    """
+
+    places: dict[str, Place]
+    tied: dict[str, str]
+    modules: dict[str, str]
+    embedding: str
+
+
+def model(config: Config) -> Model:
+    """The names of a model's tensors and modules in PyTorch."""
+    weights = family(config).weights.of_module
+    places, tied = weights.places(config), weights.repeats(config)
+    modules: dict[str, str] = {}
+    embedding = ""
+    for name, (path, *_) in layout.disk_names(config, tied=True, module=True).items():
+        module, _, kind = name.rpartition(".")
+        modules.setdefault(module, "other")
+        if kind == "weight":
+            modules[module] = _kind(schema.stacked_path(path), module, weights)
+            embedding = embedding or (module if path == "embed.tokens" else "")
+    return Model(places, tied, modules, embedding)
+
+
+def _kind(path: str, module: str, weights: Weights) -> str:
+    if f"{module}.weight" in weights.tied or path == "lm_head.weight":
+        return "head"
+    line = schema.line(path)
+    if line in schema.TABLES:
+        return "other" if module.endswith(OWN_TABLES) else "table"
+    matrix = line.endswith(".weight") and "y" not in schema.axes(line) and "x" not in schema.axes(line)
+    return "linear" if matrix else "other"
+
+
+def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
+    """Name in PEFT's files -> what the tensor is, for all tensors that an adapter of a model may have.
+
+    Raises:
+        ValueError: modules that cannot be adapted, all listed.
+    """
+    names = model(config)
+    problems: list[str] = []
+    targets = adapter.targets(names.modules)
+    found: dict[str, Role] = {}
+    for module in targets:
+        name, kind = f"{module}.weight", names.modules[module]
+        if kind == "other":
+            problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
+        elif kind == "table" and adapter.use_dora:
+            problems.append(f"use_dora for {module!r}, a table of embeddings, is not supported")
+        elif tied := _tied(names, name):
+            problems.append(f"{module!r} is tied to {tied}, and PEFT adapts one of them")
+        else:
+            ends = TABLE if kind == "table" else LINEAR
+            for part, end in ends.items():
+                if part != "magnitude" or adapter.use_dora:
+                    found[module + end] = Role(part, name, module, table=kind == "table")
+            found[f"{module}.base_layer.weight"] = Role("base", name, module, required=False)
+    found |= _parameters(names, adapter, problems)
+    saved = adapter.saved({name.rpartition(".")[0] for name in (*names.places, *names.tied)})
+    tokens = adapter.tokens(names.modules, names.embedding)
+    for name in (*names.places, *names.tied):
+        module, _, kind = name.rpartition(".")
+        if module in saved:
+            found[name] = Role("whole", name, module)
+            found[f"{module}.original_module.{kind}"] = Role("unused", name, module, required=False)
+            if tied := _tied(names, name):
+                problems.append(f"{module!r} is tied to {tied}, and in PEFT the adapter's own is not")
+        elif kind == "bias" and (adapter.bias == "all" or (adapter.bias == "lora_only" and module in targets)):
+            at = f"{module}.base_layer" if module in targets else module
+            found[f"{at}.bias"] = Role("whole", name, module, required=name not in names.tied)
+        elif names.modules.get(module) in ("table", "head"):  # saved where the vocabulary was resized
+            for at in ("", ".base_layer", f"{ROWS}.base_layer"):
+                found.setdefault(f"{module}{at}.{kind}", Role("base", name, module, required=False))
+    for module in tokens:
+        if f"{module}.weight" in names.tied and names.embedding in tokens and tokens[module] != tokens[names.embedding]:
+            problems.append(f"{module!r} is tied to {names.embedding!r} and has other trainable_token_indices")
+        elif f"{module}.weight" in names.places:
+            found[f"{module}{ROWS}.trainable_tokens_delta"] = Role("rows", f"{module}.weight", module)
+        elif names.embedding not in tokens:
+            problems.append(f"{module!r} is tied to {names.embedding!r}, whose trainable_token_indices are not given")
+    if problems:
+        raise ValueError(
+            f"add_adapter: {len(problems)} modules of {config.model_type} cannot be adapted:\n  "
+            + "\n  ".join(problems)
+            + "\nA tied head is given a table of its own by `params, config = fm.untie(params, config)`."
+        )
+    return {PREFIX + name: role for name, role in found.items()}
+
+
+def _tied(names: Model, name: str) -> str:
+    """The tensors that are the same as this, as text; nothing where there are none."""
+    leaf = names.tied.get(name) or (names.places[name].rule.leaf if name in names.places else None)
+    others = [other for other, path in names.tied.items() if path == leaf]
+    others += [other for other, place in names.places.items() if others and place.rule.leaf == leaf]
+    return ", ".join(repr(other.rpartition(".")[0]) for other in others if other != name)
+
+
+def _parameters(names: Model, adapter: AdapterConfig, problems: list[str]) -> dict[str, Role]:
+    """The roles of factors of `target_parameters`: of a module's several, the last one's are outermost.
+
+    Source: PEFT's `_inject_parameters` and `ParamWrapper`.
+    """
+    wanted = adapter.target_parameters or ()
+    modules: dict[str, list[str]] = {}
+    for name in names.places:
+        if name in wanted or any(name.endswith(f".{end}") for end in wanted):
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+    if modules and (adapter.use_dora or adapter.fan_in_fan_out):
+        problems.append("use_dora and fan_in_fan_out are not for target_parameters")
+    found: dict[str, Role] = {}
+    for module, inner in modules.items():
+        for depth, name in enumerate(reversed(inner)):
+            for part in ("a", "b"):
+                at = module + ".base_layer" * depth + LINEAR[part]
+                found[at] = Role(part, name, name)
+    return found

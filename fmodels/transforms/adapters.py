@@ -1,0 +1,163 @@
+"""Low-rank adapters beside the leaves of a tree, and merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmodels import tree
+from fmodels.arrays import LowRank, plain
+from fmodels.types import Array, Params
+
+
+class Factors(NamedTuple):
+    """What an adapter adds to a leaf in one layer: `b a`.
+
+    Attributes:
+        a: `(r i)`; of experts `(x r i)`.
+        b: `(o r)`; of experts `(x o r)`.
+        magnitude: `(o)`, the lengths of the rows of the sum, with DoRA.
+    """
+
+    a: Array
+    b: Array
+    magnitude: Array | None = None
+
+
+def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | None, choice: Array | None) -> LowRank:
+    """The leaf with adapters side by side; of unequal ranks, and in layers without, the rest is zeros.
+
+    Args:
+        leaf: the base model's.
+        adapters: of each, layer -> factors; the layer is 0 where the leaf has no layers.
+        depth: how many layers the leaf has, None for no axis of layers.
+        choice: `(n)` int32, the number of the adapter of each of `n` rows of a batch, -1 for none; None for the sum of all.
+    """
+    first = next(factors for one in adapters for factors in one.values())
+    shared = first.a.ndim + first.b.ndim - 2 - (len(leaf.shape) - (depth is not None))
+    widths = [max((factors.b.shape[-1] for factors in one.values()), default=0) for one in adapters]
+
+    def side_by_side(part: int, axis: int) -> Array:
+        def of(layer: int) -> Array:
+            pairs = zip(adapters, widths, strict=True)
+            return jnp.concatenate([_padded(one.get(layer), first, part, axis, width) for one, width in pairs], axis)
+
+        return _by_layer(depth, of)
+
+    a, b = side_by_side(0, shared), side_by_side(1, first.b.ndim - 1)
+    factors = [_factor(leaf, one, depth) for one in adapters]
+    if choice is None:
+        return LowRank(leaf, a, b, factor=next((factor for factor in factors if factor is not None), None))
+    owner = jnp.asarray([i for i, width in enumerate(widths) for _ in range(width)], jnp.int32)
+    gain = (choice[:, None] == owner[None]).astype(jnp.float32)
+    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), _chosen(factors, choice, depth))
+
+
+def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width: int) -> Array:
+    """The factor `a` or `b`, with zeros up to a rank of `width`; zeros where there is none."""
+    if factors is None:
+        shape = list(jnp.shape(first[part]))
+        shape[axis] = width
+        return jnp.zeros(shape, first.a.dtype)
+    array = jnp.asarray(factors[part])
+    return jnp.pad(array, [(0, width - size if i == axis else 0) for i, size in enumerate(array.shape)])
+
+
+def _by_layer(depth: int | None, of: Callable[[int], Array]) -> Array:
+    """`of(layer)` of all layers, stacked; of a leaf without layers that of layer 0."""
+    return of(0) if depth is None else jnp.stack([of(layer) for layer in range(depth)])
+
+
+def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None) -> Array | None:
+    """`magnitude / ‖weight + b a‖` of each row, 1 in layers without; None without magnitudes.
+
+    Source: Liu et al. 2024, "DoRA", section 4.3, where the norm has no gradient; matches PEFT's `DoraLinearLayer`.
+    """
+    if not any(factors.magnitude is not None for factors in adapter.values()):
+        return None
+    alone = {layer: factors._replace(magnitude=None) for layer, factors in adapter.items()}
+    whole = low_rank(plain(leaf).astype(jnp.float32), [alone], depth, None).dequantize()
+    rows = next(factors.magnitude.ndim for factors in adapter.values() if factors.magnitude is not None)
+    first = rows + (depth is not None)
+    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.square(whole).sum(range(first, whole.ndim))))
+    ones = jnp.ones(norm.shape[first - rows :], jnp.float32)
+
+    def of(layer: int) -> Array:
+        factors = adapter.get(layer)
+        if factors is None or factors.magnitude is None:
+            return ones
+        return factors.magnitude.astype(jnp.float32) / (norm if depth is None else norm[layer])
+
+    return _by_layer(depth, of)
+
+
+def _chosen(factors: Sequence[Array | None], choice: Array, depth: int | None) -> Array | None:
+    """`(n o)`, the factor of each row's adapter."""
+    present = {i: factor for i, factor in enumerate(factors) if factor is not None}
+    if not present:
+        return None
+    axis = 0 if depth is None else 1
+    found = jnp.ones((), jnp.float32)
+    for i, factor in present.items():
+        rows = jnp.expand_dims(factor, axis)
+        mine = (choice == i).reshape(*(1,) * axis, -1, *(1,) * (rows.ndim - axis - 1))
+        found = jnp.where(mine, rows, found.reshape(found.shape or (1,) * rows.ndim))
+    return found
+
+
+def merge_adapters(params: Params) -> Params:
+    """The tree with its low-rank adapters in its weights: plain arrays, of the dtype that they had.
+
+    What is merged cannot be taken out again exactly; keep the tree of the base model, which `add_adapter` leaves as it is
+    and whose arrays the adapted tree shares.
+
+    Args:
+        params: a tree from `add_adapter`; one without adapters is returned as it is.
+
+    Returns:
+        The tree.
+
+    Raises:
+        ValueError: the rows of a batch have adapters of their own.
+        NotImplementedError: an adapted weight is quantised.
+
+    Example:
+        >>> import jax, fmodels as fm
+        >>> params, config = fm.load(fm.assets.TINY_LLAMA)
+        >>> spec = fm.AdapterConfig(r=2, target_modules=("q_proj",), init_lora_weights=False)
+        >>> adapter = fm.init_adapter(params, config, spec, jax.random.key(0))
+        >>> merged = fm.merge_adapters(fm.add_adapter(params, config, adapter))
+        >>> merged["layers"]["attention"]["query"]["weight"].dtype.name
+        'bfloat16'
+
+    Source: PEFT's `merge_and_unload`, which rounds what it adds to the dtype of the weight first.
+    """
+
+    def merge(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LowRank):
+            return leaf
+        if hasattr(leaf.weight, "einsum"):
+            raise NotImplementedError(
+                f"merge_adapters: {path!r} is an adapter of a {type(leaf.weight).__name__}; a sum would have to be quantised "
+                "again. Merge into the dequantised weight"
+            )
+        if leaf.gain is not None:
+            raise ValueError(
+                f"merge_adapters: {path!r} has an adapter for each row of a batch; add one adapter, without choice"
+            )
+        return leaf.dequantize()
+
+    return tree.map_leaves(merge, params)
+
+
+def check_merged(name: str, params: Params) -> None:
+    """Raises a ValueError if a leaf has adapters beside it, which files of weights cannot say."""
+    adapted = [path for path, leaf in tree.flatten(params).items() if isinstance(leaf, LowRank)]
+    if adapted:
+        raise ValueError(
+            f"{name}: {len(adapted)} leaves have adapters, {adapted[0]!r} is one; give the tree of `merge_adapters`, or save "
+            "the adapter by itself with `save_adapter`"
+        )

@@ -1,0 +1,62 @@
+"""`TFLayer`: a `TFModel` as a layer of Keras 3, for `compile`, `fit`, `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from interop.tensorflow.model import TFModel
+
+
+class TFLayer(tf.keras.layers.Layer):
+    """A layer that runs a `TFModel`; both have the same variables, so that what is trained in one is so in the other.
+
+    Keras has the weights under transformers' names with dots. Change the model (its vocabulary, heads, dtype) before the layer
+    is made: its new variables would not be those that Keras trains, which `call` refuses.
+
+    Args:
+        model: the model; its variables become those of Keras.
+        output: the field of `TFOutput` that the layer gives.
+        **options: of Keras' layer, such as `name`.
+
+    Example:
+        >>> import jax, fmodels as fm
+        >>> from interop.tensorflow import TFLayer, TFModel
+        >>> config = fm.models.gpt2.Config(vocab_size=11, hidden_size=8, intermediate_size=32, num_layers=1,
+        ...                                num_heads=2, num_kv_heads=2, head_dim=4, max_positions=16, task="causal-lm")
+        >>> layer = TFLayer(TFModel(fm.init(config, jax.random.key(0)), config))
+        >>> layer(tf.constant([[1, 2, 3]])).shape, len(layer.trainable_weights)
+        (TensorShape([1, 3, 11]), 16)
+    """
+
+    def __init__(self, model: TFModel, output: str = "logits", **options: Any):
+        super().__init__(**options)
+        self.model, self.output_field = model, output
+        shared = {}
+        for name, variable in model.named_variables.items():
+            weight = self.add_weight(
+                name=name,
+                shape=tuple(variable.shape),
+                dtype=variable.dtype.name,
+                initializer=lambda shape, dtype=None, value=variable: tf.convert_to_tensor(value),
+                trainable=variable.trainable,
+            )
+            shared[name] = weight.value
+        model._take(shared)
+        self.built = True
+
+    def call(self, inputs: Any) -> tf.Tensor:
+        """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`.
+
+        Raises:
+            ValueError: the model has got other variables since; it does not give the output that the layer is made for.
+        """
+        if any(a is not b.value for a, b in zip(self.model.variables, self.weights, strict=True)):
+            raise ValueError("TFLayer: its model has got new variables, which Keras does not train; make a new TFLayer")
+        out = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        value = getattr(out, self.output_field)
+        if value is None:
+            raise ValueError(f"TFLayer: a model of task {self.model.config.task!r} has no {self.output_field}")
+        return value

@@ -1,0 +1,96 @@
+"""Configs of families: the keys of config.json that they read, those that they refuse, and what they are where it says nothing."""
+
+import dataclasses
+
+import pytest
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import fmodels as fm
+from fmodels.models import FAMILIES
+from tests import families
+
+
+def test_other_summaries_are_refused():
+    """transformers takes them along the axis of the choices: a logit per token, of one choice."""
+    case = families.by_name("gpt2/double-heads")
+    data = families.build(case).config.to_dict() | {"architectures": [case.architecture]}
+    assert fm.models.gpt2.Config.from_hf(data).task == "double-heads"
+    with pytest.raises(ValueError, match="summary_type='mean' is not supported, only 'cls_index'"):
+        fm.models.gpt2.Config.from_hf(data | {"summary_type": "mean"})
+    other = data | {"summary_type": "mean", "architectures": ["GPT2LMHeadModel"]}
+    assert fm.models.gpt2.Config.from_hf(other).to_hf()["summary_type"] == "mean"
+
+
+def fields_of(config, keys):
+    """What `from_hf` makes of it: the fields or the error. Of windows, which it may or may not spell out, what they do."""
+    try:
+        found = config.from_hf(keys, task="base")
+    except ValueError as error:
+        return str(error)
+    spelled = ("layer_types", "no_rope_layers", "sliding_window")
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.compare and f.name not in spelled}
+    return fields | {"kinds": getattr(found, "kinds", None)}
+
+
+def test_old_and_other_keys():
+    """transformers reads the same from them."""
+    for kind, family, keys, fields in (
+        (transformers.GPTNeoXConfig, "gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 50}, ("rope",)),
+        (transformers.BloomConfig, "bloom", {"n_embed": 48, "num_attention_heads": 6}, ("hidden_size", "num_heads")),
+        (transformers.OPTConfig, "opt", {"hidden_size": 24, "enable_bias": False}, ("embedding_size", "mlp_bias")),
+        (transformers.XGLMConfig, "xglm", {"hidden_size": 32, "num_hidden_layers": 3}, ("head_dim", "num_layers")),
+        (transformers.FalconConfig, "falcon", {"n_embed": 142, "num_attention_heads": 71}, ("hidden_size", "head_dim")),
+        (transformers.GptOssConfig, "gpt_oss", {"rope_theta": 500.0}, ("rope",)),
+        (transformers.GPTNeoConfig, "gpt_neo", {"attention_layers": ["local"] * 24}, ("attention_layers", "kinds")),
+    ):
+        config = FAMILIES[family].config
+        assert fields_of(config, keys) == fields_of(config, kind(**keys).to_dict())
+        ours = config.from_hf(keys, task="base")
+        assert all(getattr(ours, name) != getattr(config(), name) for name in fields)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_that_a_config_omits(name):
+    """They have transformers' defaults, in a config.json without any key and in those with one, which others may follow.
+
+    Only values that transformers refuses are left out; it refuses no family's defaults, and neither do we.
+    """
+    config, kind = FAMILIES[name].config, CONFIG_MAPPING[name]
+    whole = kind().to_dict()
+    assert config.from_hf({}, task="base") == config(task="base")
+    assert isinstance(fields_of(config, whole), dict)
+    assert fields_of(config, {"model_type": name}) == fields_of(config, whole)
+    compared = 0
+    if name in ("t5", "mt5"):
+        del whole["tie_word_embeddings"]  # not transformers' config reads it, but its models, off the weights
+    for key, default in whole.items():
+        others = (2 * default, default // 2) if isinstance(default, int) else ()
+        others = (not default,) if isinstance(default, bool) else others
+        for value in (None, *others):
+            try:
+                theirs = kind(**{key: value}).to_dict()
+            except StrictDataclassError:
+                continue
+            assert fields_of(config, {key: value}) == fields_of(config, theirs), (key, value)
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "words"),
+    [
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn=false"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
+        ("falcon", {"multi_query": False, "num_kv_heads": 7}, "num_kv_heads=7"),
+        ("opt", {"word_embed_proj_dim": 512, "architectures": ["OPTForSequenceClassification"]}, "word_embed_proj_dim=512"),
+        ("gpt_neo", {"attention_types": [[["global", "far"], 12]]}, "layer_types has far"),
+        ("gpt_neox", {"hidden_size": 100}, "hidden_size=100 is not a multiple of num_attention_heads=64"),
+        ("bloom", {"hidden_size": 100}, "hidden_size=100 is not a multiple of n_head=8"),
+    ],
+)  # fmt: skip
+def test_what_decoders_refuse(family, keys, words):
+    task = None if "architectures" in keys else "base"
+    with pytest.raises(ValueError, match=words):
+        FAMILIES[family].config.from_hf(keys, task=task)
