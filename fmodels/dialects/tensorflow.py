@@ -110,8 +110,13 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {_full(name, config): tensor for name, tensor in found.items()}
 
 
-def metadata(config: Config) -> dict[str, Any]:
-    """For `tf_model.h5`: the layers of the model, with the names of the variables that each holds; some hold the same."""
+def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """For `tf_model.h5`: the layers of the model, with the names of the variables that each holds; some hold the same.
+
+    Args:
+        config: of the model.
+        given: metadata of such a file, of which all else is kept.
+    """
     about = _about(config)
     names = [*_variables(config)]
     names += [name for name, copied in about.unread.items() if copied in names]
@@ -120,7 +125,8 @@ def metadata(config: Config) -> dict[str, Any]:
         layers.setdefault(re.split(r"[/.]", name)[0], []).append(name)
     for layer in layers.keys() & about.holds.keys():
         layers[layer] += [name for name in names if re.search(about.holds[layer], name) and name not in layers[layer]]
-    return {"layers": {layer: [_full(name, config) for name in members] for layer, members in layers.items()}}
+    full = {layer: [_full(name, config) for name in members] for layer, members in layers.items()}
+    return {**(given or {}), "layers": full}
 
 
 def _about(config: Config) -> TensorFlow:
