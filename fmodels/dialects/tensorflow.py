@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fmodels import schema
 from fmodels.models import Config, family
 from fmodels.weights import Tensor
@@ -68,7 +70,11 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             found[name] = tensor
         else:
             found[variable.name] = to_torch(tensor, variable)
-    return copies | found  # a copy counts where the variable itself is not there
+    found = copies | found  # a copy counts where the variable itself is not there
+    for head, source in _tied(config).items():
+        if about.head == "always" and head in found and source in found and config.tie_word_embeddings:
+            found[source] = _compared(found[source], found.pop(head), head)
+    return found
 
 
 def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -91,10 +97,8 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ['tfgpt2_model/transformer/wte/embeddings:0']
     """
     about, weights = _about(config), family(config).weights
-    variables, places = _variables(config), weights.places(config)
+    variables, places, tied = _variables(config), weights.places(config), _tied(config)
     own = {next((s for s in weights.spellings(name, config) if s in places), name): name for name in tensors}
-    leaves = {place.rule.leaves[0]: name for name, place in places.items() if place.layer is None}
-    tied = {name: leaves[leaf] for name, leaf in {**weights.tied, **weights.repeats(config)}.items() if leaf in leaves}
     found: dict[str, Tensor] = {}
     for name, variable in variables.items():
         source = variable.name if variable.name in own else tied.get(variable.name)
@@ -110,8 +114,13 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {_full(name, config): tensor for name, tensor in found.items()}
 
 
-def metadata(config: Config) -> dict[str, Any]:
-    """For `tf_model.h5`: the layers of the model, with the names of the variables that each holds; some hold the same."""
+def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """For `tf_model.h5`: the layers of the model, with the names of the variables that each holds; some hold the same.
+
+    Args:
+        config: of the model.
+        given: metadata of such a file, of which all else is kept.
+    """
     about = _about(config)
     names = [*_variables(config)]
     names += [name for name, copied in about.unread.items() if copied in names]
@@ -120,7 +129,8 @@ def metadata(config: Config) -> dict[str, Any]:
         layers.setdefault(re.split(r"[/.]", name)[0], []).append(name)
     for layer in layers.keys() & about.holds.keys():
         layers[layer] += [name for name in names if re.search(about.holds[layer], name) and name not in layers[layer]]
-    return {"layers": {layer: [_full(name, config) for name in members] for layer, members in layers.items()}}
+    full = {layer: [_full(name, config) for name in members] for layer, members in layers.items()}
+    return {**(given or {}), "layers": full}
 
 
 def _about(config: Config) -> TensorFlow:
@@ -189,6 +199,28 @@ def _variable(name: str, place: Place, weights: Weights, about: TensorFlow) -> t
     for pattern, replacement in about.names.items():
         own = re.sub(pattern, replacement, own)
     return own, Variable(name, last == "kernel", flat and last == "bias")
+
+
+def _tied(config: Config) -> dict[str, str]:
+    """PyTorch's name of a tensor that repeats another, if its head is tied -> that of the other."""
+    weights = family(config).weights
+    leaves = {place.rule.leaves[0]: name for name, place in weights.places(config).items() if place.layer is None}
+    return {name: leaves[leaf] for name, leaf in {**weights.tied, **weights.repeats(config)}.items() if leaf in leaves}
+
+
+def _compared(tensor: Tensor, head: Tensor, name: str) -> Tensor:
+    """The tensor, of which the head must be a copy when it is asked for."""
+
+    def get() -> np.ndarray:
+        array = tensor.array()
+        if not np.array_equal(array, head.array()):
+            raise ValueError(
+                f"load: {name!r} differs from the table of tokens, to which config.json ties it; TensorFlow's class has both: "
+                "set tie_word_embeddings to false in config.json"
+            )
+        return array
+
+    return Tensor.lazy(tensor.name, tensor.dtype, tensor.shape, get)
 
 
 def _plain(name: str) -> str:

@@ -67,7 +67,7 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     return {variables[name][0]: from_torch(tensor, variables[name][1]) for name, tensor in tensors.items()}
 
 
-def config(metadata: Mapping[str, Any], *, task: str | None = None) -> Config | None:
+def config(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, task: str | None = None) -> Config | None:
     """The config that lies beside a checkpoint as `bert_config.json` or `albert_config.json`, if one does.
 
     Such files do not name a head: the models that were given away have those of pre-training.

@@ -173,7 +173,7 @@ def save_original(name: str, class_name: str, options: dict, variables, expected
     with torch.no_grad():
         got = outputs(name, again(input_ids=torch.from_numpy(TOKENS).long()))
     for key in want:
-        assert np.array_equal(got[key], want[key]), (key, np.abs(got[key] - want[key]).max())
+        assert np.abs(got[key] - want[key]).max() < 1e-5, key
     expected |= want
 
 

@@ -131,9 +131,9 @@ def test_index_that_does_not_fit(tmp_path):
 
 
 def test_nothing_to_read(tmp_path):
-    (tmp_path / "tf_model.h5").touch()
+    (tmp_path / "weights.pth").touch()
     (tmp_path / "q4.onnx").touch()
-    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors.*q4\.onnx, tf_model\.h5"):
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors.*q4\.onnx, weights\.pth"):
         read_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="use read_file"):
         read_folder(tmp_path / "q4.onnx")
