@@ -152,9 +152,9 @@ def take(table: Any, index: Array) -> Array:
     return table.take(index) if hasattr(table, "einsum") else table[index]
 
 
-def plain(leaf: Any, x: Array) -> Array:
-    """The array that a leaf stands for, for products with `x` of other forms; not expanded before `x` is there."""
-    if isinstance(leaf, Quantized):
+def plain(leaf: Any, x: Array | None = None) -> Array:
+    """The array that a leaf stands for, for products with `x` of other forms; not expanded before `x`, if given, is there."""
+    if isinstance(leaf, Quantized) and x is not None:
         return leaf.after(x).dequantize()
     return leaf.dequantize() if hasattr(leaf, "einsum") else leaf
 

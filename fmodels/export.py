@@ -112,7 +112,7 @@ def generate_program(
     rows = np.ones((1, 2), np.int32)
     call = prepare(
         params, config, rows, rows, max_new_tokens, jax.random.key(0), options, None, None, None, None, (), (), None, None,
-        None, None, False, 0,
+        None, None, False, 0, None, "xla",
     )  # fmt: skip
     plan, fixed, made = call.plan, call.arguments[3], call.arguments[4]
     if (

@@ -99,9 +99,10 @@ def _convert(
     def run(tensors: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         return program.function(fm.from_disk(tensors, config, layers=layers), given)
 
+    shapes: Any = [None, {name: axes.replace(" ", ", ") for name, (axes, _) in program.inputs.items()}]
     converted = jax2tf.convert(
         run,
-        polymorphic_shapes=[None, {name: axes.replace(" ", ", ") for name, (axes, _) in program.inputs.items()}],
+        polymorphic_shapes=shapes,
         polymorphic_constraints=[f"{letter} <= {size}" for letter, size in program.limits.items()],
         with_gradient=False,
         native_serialization_platforms=fm.export.PLATFORMS,

@@ -126,8 +126,7 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
 
     Source: Shazeer et al. 2017; matches transformers' `MixtralSparseMoeBlock` and its like.
     """
-    exported = how is None and target.value is not None
-    run = (_by_platform if target.value.recent else _dense) if exported else HOW[check_how(how)]
+    run = HOW[check_how(how)] if how is not None or target.value is None else _by_platform if target.value.recent else _dense
     rows = x.reshape(-1, x.shape[-1])
     routed = route(params["router"], rows, routing)
     y = run(params, rows, routed, gate).astype(x.dtype).reshape(x.shape)
