@@ -152,7 +152,7 @@ def take(table: Any, index: Array) -> Array:
     return table.take(index) if hasattr(table, "einsum") else table[index]
 
 
-def plain(leaf: Any, x: Array | None = None) -> Array:
+def plain(leaf: Any, x: Array | None = None) -> Any:
     """The array that a leaf stands for, for products with `x` of other forms; not expanded before `x`, if given, is there."""
     if isinstance(leaf, Quantized) and x is not None:
         return leaf.after(x).dequantize()
@@ -270,8 +270,9 @@ class Codec:
 class Quantized:
     """A leaf whose parts are the tensors of a quantised checkpoint as they lie on disk, with layers and experts before.
 
-    It is expanded where it is used: in a scan over layers, one layer at a time. Leaves that lie in one matrix on disk have
-    the same parts, and each its own rows.
+    It is expanded where it is used: in a scan over stacked layers, one layer at a time. A tuple of layers in a loop, as in
+    generation, XLA's CPU backend expands as a whole. Leaves that lie in one matrix on disk have the same parts, and each its
+    own rows.
 
     Attributes:
         parts: name -> array.
@@ -362,7 +363,7 @@ class Quantized:
         return self.codec.decode(chosen).astype(self.dtype).reshape(*index.shape, self.shape[1])
 
     def after(self, x: Array) -> Quantized:
-        """The leaf, not to be expanded before `x` is there: XLA would else do it ahead of loops, for all layers."""
+        """The leaf, asked not to be expanded before `x` is there; XLA's CPU backend may do so all the same."""
         parts, _ = jax.lax.optimization_barrier(jax.lax.stop_gradient((self.parts, x)))
         return dataclasses.replace(self, parts=parts)
 

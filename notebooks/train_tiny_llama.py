@@ -305,7 +305,8 @@ The curve was measured during training, with the float32 weights, on a part of t
 ## Text
 
 Source and docstrings of the standard library of CPython {platform.python_version()}, without tests, tables of
-encodings, `lib2to3` and generated files; one file in twenty is held out, by the hash of its name. Python Software Foundation License Version 2 (PSF-2.0); {COPYRIGHT}
+encodings, `lib2to3` and generated files; one file in twenty is held out, by the hash of its name.
+Python Software Foundation License Version 2 (PSF-2.0); {COPYRIGHT}
 A few files carry notices of their authors in addition. The weights are under Apache-2.0.
 
 ## Use

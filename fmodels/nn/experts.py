@@ -126,7 +126,13 @@ def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | No
 
     Source: Shazeer et al. 2017; matches transformers' `MixtralSparseMoeBlock` and its like.
     """
-    run = HOW[check_how(how)] if how is not None or target.value is None else _by_platform if target.value.recent else _dense
+    run = (
+        HOW[check_how(how)]
+        if how is not None or target.value is None
+        else _by_platform
+        if target.value.recent
+        else _dense
+    )
     rows = x.reshape(-1, x.shape[-1])
     routed = route(params["router"], rows, routing)
     y = run(params, rows, routed, gate).astype(x.dtype).reshape(x.shape)

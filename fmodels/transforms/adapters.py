@@ -59,7 +59,7 @@ def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | 
 def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width: int) -> Array:
     """The factor `a` or `b`, with zeros up to a rank of `width`; zeros where there is none."""
     if factors is None:
-        shape = list(jnp.shape(first[part]))
+        shape = list((first.a, first.b)[part].shape)
         shape[axis] = width
         return jnp.zeros(shape, first.a.dtype)
     array = jnp.asarray(factors[part])

@@ -237,7 +237,12 @@ def _build_bnb(options: Options, group: Group) -> Packed | None:
     derived: dict[str, np.ndarray] = {}
     if nested is not None:
         offset = state.get("nested_offset")
-        if not _is_block([nested] * 2) or type(offset) not in (int, float) or not abs(offset) < 1e38:
+        if (
+            not _is_block([nested] * 2)
+            or isinstance(offset, bool)
+            or not isinstance(offset, int | float)
+            or not abs(offset) < 1e38
+        ):
             return group.fail(f"{names[0]!r} does not tell nested_blocksize and nested_offset: {brief(state)}")
         derived["nested_offset"] = np.array(offset, np.float32)
         checks += [
@@ -312,7 +317,7 @@ def _build_compressed(options: Options, group: Group) -> Packed | None:
         if group.expect(zero, ("int32",) if packed else (codes.dtype.name, "int8"), want) is None:
             return None
     if options.get("format") == "pack-quantized":
-        codec = PackedBlocks(block, "weight_scale", zero, bits, shape)
+        codec = PackedBlocks(block, "weight_scale", zero, bits, (shape[0], shape[1]))
     else:
         codec = Blocks(block, "weight_scale", zero)
     return _packed(f"{group.stem}.weight", codec, shape, scale.dtype, tensors)

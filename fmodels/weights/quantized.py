@@ -137,7 +137,9 @@ def leaves(
             lead += (len({place.layer for _, place in members}),)
         if members[0][1].expert is not None:
             lead += (len({place.expert for _, place in members}),)
-        parts = {name: _read([packed.parts[name] for packed in group], lead, shapes[name]) for name in first.parts}
+        parts: dict[str, Any] = {
+            name: _read([packed.parts[name] for packed in group], lead, shapes[name]) for name in first.parts
+        }
         parts |= {n: a.view(np.uint8) for n, a in parts.items() if a.dtype.name == first.codec.as_bytes.get(n)}
         parts |= {
             n: np.stack([p.derived[n] for p in group]).reshape((*lead, *first.derived[n].shape)) for n in first.derived
@@ -227,7 +229,7 @@ def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
     """
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda part: sharding, leaf)
-    specs = leaf.partition(sharding.spec)
+    specs = leaf.partition(tuple(sharding.spec))
     own = jax.tree.map(
         lambda spec: NamedSharding(sharding.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )

@@ -271,13 +271,13 @@ class Place(NamedTuple):
             return {leaf: leaf for leaf in self.rule.leaves}
         return {leaf: schema.with_layer(leaf, self.layer) for leaf in self.rule.leaves}
 
-    def index(self, *, stacked: bool) -> tuple[int, ...]:
+    def position(self, *, stacked: bool) -> tuple[int, ...]:
         """Of this place in a leaf of the tree: the layer, where layers are stacked, and the expert."""
         return tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
 
     def part(self, leaf: Any, *, stacked: bool) -> Any:
         """What lies here of a leaf of the tree."""
-        index = self.index(stacked=stacked)
+        index = self.position(stacked=stacked)
         return leaf[index] if index else leaf
 
 
