@@ -453,9 +453,9 @@ def run(names: list[str] | None = None) -> Iterator[Result]:
     import torch
     from tqdm import tqdm
 
-    from fmodels import bench_generation
+    from fmodels import bench_exchange, bench_generation
 
-    benches = {**BENCHES, **bench_generation.BENCHES}
+    benches = {**BENCHES, **bench_generation.BENCHES, **bench_exchange.BENCHES}
     if unknown := [name for name in names or [] if name not in benches]:
         raise ValueError(f"bench: unknown {', '.join(unknown)}; one of {', '.join(benches)}")
     torch.set_num_threads(THREADS)

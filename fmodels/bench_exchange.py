@@ -1,10 +1,12 @@
-"""Speed of exports: `generate` of a SavedModel and of `jax.export` against the native one."""
+"""Speed of the exchange: conversions against copying the file, exported programs against the native ones."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,5 +45,43 @@ def exports(*, new_tokens: int = 64, batches: tuple[int, ...] = (1, 16), repeats
                 yield Result(name, seconds * 1e3, native * 1e3, "ms", seconds / native, "<= 1.2")
 
 
-BENCHES: dict[str, Callable[[], Iterator[Result]]] = {"exports": exports}
+def convert(*, repeats: int = 5) -> Iterator[Result]:
+    """Conversion against copying the file; both end when the disk has it."""
+    import jax
+
+    import fmodels as fm
+
+    config = bench_config("llama-50m")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        fm.save(fm.init(config, jax.random.key(0)), config, place / "from")
+        source = place / "from" / "model.safetensors"
+        size = source.stat().st_size / 1e9
+
+        def copy() -> None:
+            shutil.copyfile(source, place / "copy")
+            with open(place / "copy", "rb") as file:
+                os.fsync(file.fileno())
+
+        def into(format: str) -> Callable[[], None]:
+            def run() -> None:
+                shutil.rmtree(place / format, ignore_errors=True)
+                fm.convert(place / "from", place / format, format=format, verify=False)
+
+            return run
+
+        formats = ("safetensors", "torch", "npz", "flax")
+        copied, *others = median_of(copy, *(into(format) for format in formats), repeats=repeats)
+        for format, seconds in zip(formats, others, strict=True):
+            yield Result(
+                f"convert to {format} (against copying)",
+                size / seconds,
+                size / copied,
+                "GB/s",
+                copied / seconds,
+                ">= 0.7",
+            )
+
+
+BENCHES: dict[str, Callable[[], Iterator[Result]]] = {"exports": exports, "convert": convert}
 """Name -> benchmark."""

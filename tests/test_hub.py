@@ -133,7 +133,7 @@ def refusal(function, *args, **options):
 def test_refusals(site, tmp_path):
     site.repos["me/gated"] = Repo(weights(tmp_path), gated=True, token="right")
     site.repos["me/private"] = Repo(weights(tmp_path), token="right")
-    site.repos["me/empty"] = Repo({"config.json": b"{}", "tf_model.h5": b""})
+    site.repos["me/empty"] = Repo({"config.json": b"{}", "weights.pth": b""})
     message, cause = refusal(hub.resolve, "me/gated", token=SECRET)
     assert "gated" in message
     assert type(cause).__name__ == "GatedRepoError"
@@ -142,7 +142,7 @@ def test_refusals(site, tmp_path):
     assert cause is not None
     assert "no such repository" in refusal(hub.resolve, "me/absent")[0]
     assert "revision 'v9'" in refusal(hub.resolve, "me/private", token="right", revision="v9")[0]
-    assert "tf_model.h5" in refusal(hub.resolve, "me/empty")[0]
+    assert "weights.pth" in refusal(hub.resolve, "me/empty")[0]
     assert "not complete" in refusal(hub.resolve, "me/private", local_files_only=True)[0]
     refusal(hub.resolve, "me/private", token=SECRET + "\n")  # an illegal header, which the HTTP library quotes
     assert hub.resolve("me/private", token="right").is_dir()

@@ -272,6 +272,9 @@ def _source(parser: argparse.ArgumentParser) -> None:
 def _dest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", type=Path, help="a new or empty folder")
     parser.add_argument(
-        "--to", default="safetensors", metavar="FORMAT", help="safetensors, torch, npz, orbax (default: %(default)s)"
+        "--to",
+        default="safetensors",
+        metavar="FORMAT",
+        help="safetensors, torch, flax, tf, gguf, npz, orbax (default: %(default)s)",
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
