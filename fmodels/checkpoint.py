@@ -31,7 +31,7 @@ from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
 from fmodels.weights.formats import check_format, is_alone
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import READERS, aligned_empty
+from fmodels.weights.tensors import READERS, aligned_empty, as_bytes
 
 ALIGNMENT = 64
 Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
@@ -232,9 +232,7 @@ def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> 
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.array().view(np.uint8), b.array().view(np.uint8))
-    )
+    return a.shape == b.shape and a.dtype == b.dtype and as_bytes(a) == as_bytes(b)
 
 
 def _check_dtype(dtype: Any) -> None:
