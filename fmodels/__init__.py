@@ -20,7 +20,6 @@ from fmodels.api import partition_specs as partition_specs
 from fmodels.checkpoint import load as load
 from fmodels.checkpoint import load_config as load_config
 from fmodels.checkpoint import open_checkpoint as open_checkpoint
-from fmodels.checkpoint import push_to_hub as push_to_hub
 from fmodels.checkpoint import save as save
 from fmodels.conversion import Conversion as Conversion
 from fmodels.conversion import convert as convert
@@ -49,6 +48,7 @@ from fmodels.many import generate_many as generate_many
 from fmodels.nn.cache import init_cache as init_cache
 from fmodels.nn.experts import load_balancing_loss as load_balancing_loss
 from fmodels.programs import compile_count as compile_count
+from fmodels.pushing import push_to_hub as push_to_hub
 from fmodels.transforms.adapters import merge_adapters as merge_adapters
 from fmodels.transforms.casting import cast as cast
 from fmodels.transforms.counting import floating_point_ops as floating_point_ops

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
 from fmodels.arrays import Quantized
-from fmodels.certificate import Certificate
 from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
@@ -497,83 +495,3 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
 
 def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
-
-
-def push_to_hub(
-    params: Params,
-    config: Config,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    format: str = "safetensors",
-    max_shard_size: int | str = "5GB",
-    variant: str | None = None,
-    certificate: Certificate | None = None,
-) -> str:
-    """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
-
-    A repository without a model card gets one, with the hash of the tensors.
-
-    Args:
-        params: the tree.
-        config: its config.
-        repo_id: such as `"me/my-model"`.
-        token: of the Hub; the stored one if None. It is never printed or saved.
-        private: visibility of a new repository.
-        revision: branch to commit to.
-        create_pr: open a pull request.
-        commit_message: of the commit.
-        format: as in `save`.
-        max_shard_size: as in `save`.
-        variant: as in `save`.
-        certificate: what `fm.verify` found; it goes into the card.
-
-    Returns:
-        The address of the commit or pull request.
-
-    Raises:
-        OSError: the Hub cannot be reached or refuses.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save(params, config, folder, format=format, max_shard_size=max_shard_size, variant=variant)
-        return push_folder(
-            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-            commit_message=commit_message, variant=variant, certificate=certificate,
-        )  # fmt: skip
-
-
-def push_folder(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    variant: str | None = None,
-    certificate: Certificate | None = None,
-    **options: Any,
-) -> str:
-    """Uploads a checkpoint folder, with a model card if there is none; options as in `push_to_hub`.
-
-    Raises:
-        ValueError: the folder cannot be loaded again, so it is not worth a push.
-        OSError: as in `push_to_hub`.
-    """
-    from fmodels.card import model_card
-    from fmodels.conversion import digest_of
-
-    opened = open_checkpoint(folder, variant=variant)
-    config, planned = plan(opened)
-    tensors = {name: opened.tensors[name] for name in planned.tensors}
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
-
-    def card() -> str:
-        return model_card(
-            config, name=repo_id, parameters=sum(tensor.size for tensor in tensors.values()), bytes_by_dtype=sizes,
-            sha256=digest_of(tensors, config), certificate=certificate,
-        )  # fmt: skip
-
-    return hub.push(folder, repo_id, card=card, variant=variant, **options)

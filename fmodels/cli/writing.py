@@ -160,7 +160,7 @@ def _read_text(args: argparse.Namespace, source: Path, config: Any) -> tuple[lis
 
 def run_push(args: argparse.Namespace) -> int:
     """One commit on the Hub, after a look whether the folder can be loaded."""
-    from fmodels.checkpoint import push_folder
+    from fmodels.pushing import push_folder
     from fmodels.verify import verify
 
     if not args.folder.is_dir():
