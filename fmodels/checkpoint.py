@@ -68,7 +68,12 @@ def open_checkpoint(
     """
     path = hub.resolve(source, variant=variant, format=format, **hub_options)
     folder = path.is_dir() and not is_alone(path)
-    raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
+    try:
+        raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
+    except FileNotFoundError as error:
+        if (_folder_of(path) / "config.json").exists():
+            raise
+        raise FileNotFoundError(f"load: no config.json in {str(path)!r}, and no weights: {error}") from None
     config = _config(path, metadata, raw, task)
     tensors = dialects.read(raw, config, metadata["format"])
     options = None if config.quantization is None else json.loads(config.quantization)

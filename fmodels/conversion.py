@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from fmodels.models import Config
 from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format
+from fmodels.weights.methods import Packed
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -73,6 +75,7 @@ def convert(
     from_format: str | None = None,
     dtype: Any = None,
     task: str | None = None,
+    dequantize: bool = False,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
     verify: bool = True,
@@ -91,6 +94,7 @@ def convert(
         from_format: which of several formats in the source.
         dtype: floating tensors are cast to it; None keeps what they are.
         task: keep the head of this task only.
+        dequantize: write the arrays that quantised weights stand for; else they are written as they are.
         max_shard_size: bytes, or text such as `"5GB"`.
         variant: of the source, as in `load`.
         verify: read the new files again and compare the SHA-256 of every tensor with the source's.
@@ -114,11 +118,19 @@ def convert(
     dtype = None if dtype is None else check_dtype(dtype)
     opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
     config, planned = checkpoint.plan(opened)
-    if config.quantization is not None:
-        raise ValueError(
-            "convert: quantised checkpoints are not converted; copy the files, or load, dequantize and save the model"
-        )
     tensors, left_out = _renamed(opened.tensors, planned, config)
+    quantized = config.quantization is not None and not dequantize
+    if quantized and (dtype is not None or FORMATS[format].dialect != "pt"):
+        raise ValueError(
+            f"convert: quantised weights have no {'other dtype' if dtype is not None else f'place in format {format!r}'}; "
+            "pass dequantize=True (--dequantize) for the arrays that they stand for"
+        )
+    if quantized:  # as the files have them
+        other = opened.tensors.keys() - planned.tensors.keys()
+        tensors = {name: tensor for name, tensor in opened.raw.items() if name not in other}
+    else:
+        tensors = _arrays(tensors)
+    config = config if quantized else dataclasses.replace(config, quantization=None)
     wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
     written, metadata, files = checkpoint.as_written(wanted, config, _dtype_name(wanted), format, kept)
@@ -131,7 +143,7 @@ def convert(
 
     key = {
         "source": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted({f.path for f in release})],
-        "to": [format, str(dtype), str(max_shard_size), config.task], "tensors": len(written),
+        "to": [format, str(dtype), str(max_shard_size), config.task, quantized], "tensors": len(written),
     }  # fmt: skip
     with _stage(opened.path, Path(folder), key) as stage:
         with tqdm(total=_total(written), desc="convert", unit="B", unit_scale=True, disable=None, leave=False) as bar:
@@ -141,7 +153,7 @@ def convert(
             )  # fmt: skip
         own = opened.path if opened.path.is_dir() else None
         copied = () if own is None else tuple(copy_others(own, stage))
-        digest = _verify(wanted, tensors, stage, release) if verify else None
+        digest = _verify(wanted, stage, release, quantized=quantized) if verify else None
     cast = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
     return Conversion(
         str(source), str(folder), format, len(written), _total(written), digest, cast, left_out, copied, resumed
@@ -174,6 +186,14 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
 
 
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the arrays that quantised weights stand for."""
+    return {
+        name: Tensor.lazy(name, tensor.dtype, tensor.shape, tensor.array) if isinstance(tensor, Packed) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _cast(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
     if dtype is None or tensor.dtype == dtype or not jnp.issubdtype(tensor.dtype, jnp.floating):
         return tensor
@@ -203,11 +223,11 @@ def _total(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _verify(wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], stage: Path, release: set[Any]) -> str:
+def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, quantized: bool) -> str:
     """Compares the hashes of what should have been written with those of the new files; returns one of them all."""
     opened = checkpoint.open_checkpoint(stage)
     names = canonical_names(list(opened.tensors), opened.config)
-    new = {names[name].canonical: tensor for name, tensor in opened.tensors.items()}
+    new = opened.raw if quantized else {names[n].canonical: tensor for n, tensor in opened.tensors.items()}
     release = release | {t.file for t in opened.raw.values() if t.file is not None}
     problems = [f"{name!r} is not there" for name in wanted if name not in new]
     whole = hashlib.sha256()

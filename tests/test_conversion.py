@@ -168,16 +168,15 @@ def write_sparse(path, shapes):
 
 
 LARGE = """
-import resource, sys, fmodels as fm
-fm.convert(fm.assets.TINY_LLAMA, sys.argv[2] + "-warm", format=sys.argv[3])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import re, sys, fmodels as fm
 fm.convert(sys.argv[1], sys.argv[2], format=sys.argv[3])
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["safetensors", "torch", "npz"])
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("format", ["safetensors", "flax"])
 def test_three_gigabytes_inside_of_one(tmp_path, format):
     """A checkpoint of 3 GB is converted, and read again, inside of 1 GB, libraries included."""
     config = fm.models.llama.Config(
@@ -192,5 +191,6 @@ def test_three_gigabytes_inside_of_one(tmp_path, format):
     )
     assert (folder / "model.safetensors").stat().st_size > 3e9
     command = [sys.executable, "-c", LARGE, folder, tmp_path / "new", format]
-    before, after = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-    assert after < 1e6, (before, after)  # KiB
+    # Not ru_maxrss: a process inherits that of the one that started it.
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert peak < 1e6  # KiB

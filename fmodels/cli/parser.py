@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", metavar="NAME", help="cast floating weights, such as to bfloat16 (default: as they are)"
     )
     convert.add_argument("--task", help="keep the head of this task only (default: as config.json says)")
+    convert.add_argument("--dequantize", action="store_true", help="write the arrays that quantised weights stand for")
     convert.add_argument(
         "--from", dest="from_format", metavar="FORMAT", help="read this format, where SOURCE has several"
     )

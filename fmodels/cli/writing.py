@@ -17,7 +17,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
     done = convert(
         resolve(args), args.dest, format=args.to, from_format=args.from_format, dtype=args.dtype, task=args.task,
-        max_shard_size=args.max_shard_size, variant=args.variant, verify=args.verify,
+        dequantize=args.dequantize, max_shard_size=args.max_shard_size, variant=args.variant, verify=args.verify,
     )  # fmt: skip
     if args.json:
         print_json(done._asdict())

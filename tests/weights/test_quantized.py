@@ -302,8 +302,24 @@ def test_transforms_ask_to_dequantize(tmp_path):
         fm.dequantize(params, "int8")
     with pytest.raises(ValueError, match="save: the tree has quantised leaves"):
         fm.save(params, config, tmp_path / "new", format="orbax")
-    with pytest.raises(ValueError, match="convert: quantised checkpoints are not converted"):
-        fm.convert(GOLDENS / "ints", tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["awq", "floats", "gptq4", "nf4", "packed"])
+def test_convert(tmp_path, name):
+    """Bytes are equal when they come back; or the arrays are written, in any format."""
+    for given in ({"format": "flax"}, {"dtype": "float16"}):
+        with pytest.raises(ValueError, match=r"convert: quantised weights have no .*; pass dequantize=True"):
+            fm.convert(GOLDENS / name, tmp_path / "no", **given)
+    fm.convert(GOLDENS / name, tmp_path / "npz", format="npz")
+    fm.convert(tmp_path / "npz", tmp_path / "back")
+    want, got = read_folder(GOLDENS / name)[0], read_folder(tmp_path / "back")[0]
+    assert want.keys() == got.keys()
+    assert all(a.dtype == got[n].dtype and np.array_equal(a.array(), got[n].array()) for n, a in want.items())
+    fm.convert(GOLDENS / name, tmp_path / "flax", format="flax", dequantize=True)
+    params, config = fm.load(tmp_path / "flax")
+    exact = fm.tree.flatten(fm.dequantize(fm.load(GOLDENS / name)[0]))
+    assert config.quantization is None
+    assert all(np.array_equal(leaf, exact[path]) for path, leaf in fm.tree.flatten(params).items())
 
 
 def damaged(name, change):
