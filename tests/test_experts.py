@@ -260,12 +260,19 @@ DEEPSEEK_V3 = {
     ids=["Qwen3-30B-A3B", "gpt-oss-20b", "DeepSeek-V3"],
 )
 def test_config_json_of_published_models(data, count):
-    """As they lie on the Hub, of transformers 4 and of authors, but for the quantisation of the last two."""
+    """As they lie on the Hub, of transformers 4 and of authors; the last two are quantised there."""
     config = FAMILIES[data["model_type"]].config.from_hf(data)
     assert fm.num_parameters(fm.abstract(config)) == count
     assert type(config).from_hf(config.to_hf()) == config
-    with pytest.raises(ValueError, match=r"quantization_config=.* is not supported"):
-        type(config).from_hf(data | {"quantization_config": {"quant_method": "mxfp4"}})
+    for options in (
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    ):
+        quantised = type(config).from_hf(data | {"quantization_config": options})
+        assert quantised == config
+        assert quantised.to_hf()["quantization_config"] == options
+    with pytest.raises(ValueError, match=r"quantization_config: quant_method='hqq' is not supported; one of .*fp8"):
+        type(config).from_hf(data | {"quantization_config": {"quant_method": "hqq"}})
 
 
 def test_refused_configs():
