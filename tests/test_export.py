@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(case, tmp_path):
         "exported without temperature in per_call": {"tokens": [[5]], "temperature": 0.5},
         "max_new_tokens is exported for 1 … 4; got 5": {"tokens": [[5]], "max_new_tokens": 5},
         r"tokens are \(b t\) integers": {"tokens": [5]},
-        "temperature must be": {"tokens": [[5]], "temperature": -1.0},
+        "max_new_tokens": {"tokens": [[5]], "max_new_tokens": -1},
     }.items():
         with pytest.raises(ValueError, match=match):
             exported.generate(exported.params, **call)
