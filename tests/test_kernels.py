@@ -160,7 +160,7 @@ def test_prompts_are_read_by_the_kernel(anywhere, case, monkeypatch, name):
         loaded.params, loaded.config, given.pop("tokens"), **given, max_new_tokens=7, options=options, attention="cudnn"
     )
     np.testing.assert_array_equal(got.tokens, want)
-    assert {shape[1] for shape in calls} == {16}  # the bucket of prompts, and of what encoders read; no step of one token
+    assert {shape[1] for shape in calls} == {16}  # prompts and what encoders read; no single step
 
 
 def test_kernels_have_no_weights_to_return(anywhere, case):
