@@ -103,7 +103,7 @@ def write(
         >>> import tempfile, numpy as np
         >>> path = tempfile.mkdtemp() + "/pytorch_model.bin"
         >>> write(path, {"x": Tensor.lazy("x", np.float32, (3,), lambda: np.ones(3, np.float32))})
-        >>> read(path)["x"].offset % 64
+        >>> read(path)[0]["x"].offset % 64
         0
     """
     program = _program(tensors)
