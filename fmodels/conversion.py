@@ -47,8 +47,8 @@ class Conversion(NamedTuple):
         format: of the new files.
         tensors: how many it has.
         bytes: of them.
-        sha256: of all tensors under PyTorch's names, as in a certificate; the same for both sides if there was no cast.
-            None if it was not asked for.
+        sha256: of all tensors under PyTorch's names, or of a quantised checkpoint's as its files have them: the same in any
+            format. None if it was not asked for.
         cast: how many were cast to another dtype.
         left_out: tensors of the source that the new files do not have, with the reason.
         copied: other files.
@@ -83,7 +83,7 @@ def convert(
 ) -> Conversion:
     """Writes a checkpoint in another format or dtype, tensor by tensor, with the files beside it.
 
-    Never more than one tensor is in memory (one leaf of the tree for the formats that hold our tree). A run that is
+    Never more than one tensor is in memory (for orbax a leaf of the tree, and up to 1 GB that waits for the others). A run that is
     killed goes on where it was when the same conversion is started again. The new folder appears when all is written
     and checked.
 
