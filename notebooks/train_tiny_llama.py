@@ -4,7 +4,7 @@ This is how `fmodels/assets/tiny-llama` was made, and an example of a training s
 `fm.forward`: optax for the optimizer, orbax for checkpoints that resume exactly, tokenizers for the text, every
 random choice from an explicit key, master weights in float32, the result cast to bfloat16 and saved with `fm.save`.
 
-    python notebooks/train_tiny_llama.py                                  # the model of the package: minutes on a GPU, hours here
+    python notebooks/train_tiny_llama.py                                  # the model of the package
     python notebooks/train_tiny_llama.py --steps 3 --small --out /tmp/x   # seconds, to see that it works
 
 Run the same command again after an interruption: it continues from its last checkpoint and reaches the same weights.
@@ -304,9 +304,9 @@ The curve was measured during training, with the float32 weights, on a part of t
 
 ## Text
 
-Source and docstrings of the standard library of CPython {platform.python_version()}, without tests, tables of
-encodings, `lib2to3` and generated files; one file in twenty is held out, by the hash of its name.
-Python Software Foundation License Version 2 (PSF-2.0); {COPYRIGHT}
+Source and docstrings of the standard library of CPython {platform.python_version()}, as installed with the interpreter
+that ran the script, without tests, tables of encodings, `lib2to3` and generated files; one file in twenty is held out,
+by the hash of its name. Python Software Foundation License Version 2 (PSF-2.0); {COPYRIGHT}
 A few files carry notices of their authors in addition. The weights are under Apache-2.0.
 
 ## Use
@@ -342,8 +342,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = functools.partial(parser.add_argument, metavar="N", type=int)
     add("--out", type=Path, default=Path("build/tiny-llama"), metavar="DIR", help="the result (default: %(default)s)")
     add("--work", type=Path, default=None, metavar="DIR", help="tokenizer and checkpoints (default: OUT.work)")
-    add("--steps", default=8000, help="default: %(default)s")
-    add("--long-steps", default=1500, help="so many of the last steps on windows twice as long (default: %(default)s)")
+    add("--steps", default=800, help="default: %(default)s")
+    add("--long-steps", default=0, help="so many of the last steps on windows twice as long (default: %(default)s)")
     add("--batch", default=8, help="windows of a step, an even number (default: %(default)s)")
     add("--context", default=256, help="tokens of a window (default: %(default)s)")
     add("--vocab-size", default=2048, help="default: %(default)s")
