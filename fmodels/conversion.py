@@ -230,32 +230,33 @@ def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, qua
     new = opened.raw if quantized else {names[n].canonical: tensor for n, tensor in opened.tensors.items()}
     release = release | {t.file for t in opened.raw.values() if t.file is not None}
     problems = [f"{name!r} is not there" for name in wanted if name not in new]
-    whole = hashlib.sha256()
+    digests = {}
     with (
         ThreadPoolExecutor(2) as pool,
         tqdm(total=_total(wanted), desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for name in sorted(wanted.keys() & new.keys()):
-            one, other = pool.map(_digest, (wanted[name], new[name]))
-            if one != other:
+            one, digests[name] = pool.map(_digest, (wanted[name], new[name]))
+            if one != digests[name]:
                 problems.append(f"{name!r} was not written as it is")
-            whole.update(f"{name} {other}\n".encode())
             bar.update(wanted[name].nbytes)
             for file in release:
                 file.release()
     if problems:
         raise ValueError("convert: nothing was written: " + "; ".join(problems[:20]))
-    return whole.hexdigest()
+    return _together(digests)
 
 
 def digest_of(tensors: Mapping[str, Tensor], config: Config) -> str:
     """The hash of a `Conversion`, of tensors by PyTorch's names."""
     names = canonical_names(list(tensors), config)
-    ordered = {names[name].canonical: tensor for name, tensor in tensors.items()}
-    whole = hashlib.sha256()
-    for name in sorted(ordered):
-        whole.update(f"{name} {_digest(ordered[name])}\n".encode())
-    return whole.hexdigest()
+    return _together({names[name].canonical: _digest(tensor) for name, tensor in tensors.items()})
+
+
+def _together(digests: Mapping[str, str]) -> str:
+    """One hash of those of all tensors."""
+    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _digest(tensor: Tensor) -> str:

@@ -265,12 +265,20 @@ def _cached(
     name: str, revision: str, prefix: str, cache_dir: Any, variant: str | None, format: str | None
 ) -> Path | None:
     """The folder in the cache, if it holds all of the weights."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    root = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-    branch = root / "refs" / revision
-    folder = root / "snapshots" / (branch.read_text() if branch.is_file() else revision) / prefix
+    try:
+        folder = (
+            Path(
+                snapshot_download(
+                    name, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
+                )
+            )
+            / prefix
+        )
+    except LocalEntryNotFoundError:
+        return None
     if not folder.is_dir():
         return None
     found = find_weights([path.name for path in folder.iterdir() if path.exists()], variant, format)
