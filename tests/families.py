@@ -638,8 +638,8 @@ def inputs(case: Case, padding: str | None = None) -> dict[str, np.ndarray]:
     return given
 
 
-def call(model: Any, given: dict[str, np.ndarray]) -> Any:
-    """transformers' output, with its graph."""
+def call(model: Any, given: dict[str, np.ndarray], **labels: torch.Tensor) -> Any:
+    """transformers' output, with its graph; with a loss if there are labels."""
     tensors = {name: torch.tensor(a, dtype=torch.long) for name, a in given.items()}
     named = {"input_ids": tensors["tokens"], "attention_mask": tensors["mask"]}
     if "token_types" in tensors:
@@ -655,7 +655,7 @@ def call(model: Any, given: dict[str, np.ndarray]) -> Any:
         named["output_router_logits"] = True
         model.set_experts_implementation("eager")  # the default wants sizes that are multiples of 4
     weights = model.config._attn_implementation == "eager"  # no other returns them
-    return model(**named, output_hidden_states=True, output_attentions=weights)
+    return model(**named, **labels, output_hidden_states=True, output_attentions=weights)
 
 
 def outputs(out: Any) -> dict[str, torch.Tensor]:
