@@ -4,8 +4,9 @@ This is how `fmodels/assets/tiny-llama` was made, and an example of a training s
 `fm.forward`: optax for the optimizer, orbax for checkpoints that resume exactly, tokenizers for the text, every
 random choice from an explicit key, master weights in float32, the result cast to bfloat16 and saved with `fm.save`.
 
-    python notebooks/train_tiny_llama.py                                  # the model of the package
-    python notebooks/train_tiny_llama.py --steps 3 --small --out /tmp/x   # seconds, to see that it works
+    python notebooks/train_tiny_llama.py --out build/first                # the model of the package: it learns the text,
+    python notebooks/train_tiny_llama.py --start build/first --copies --steps 2400 --learning-rate 0.001  # and to copy
+    python notebooks/train_tiny_llama.py --steps 3 --small --out build/x  # seconds, to see that it works
 
 Run the same command again after an interruption: it continues from its last checkpoint and reaches the same weights.
 The checkpoints lie beside the result, in `OUT.work`. The result is a folder that `fm.load` and transformers read, with
@@ -22,6 +23,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,7 +55,7 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 # What a run may not change between a checkpoint and its resumption; `steps` may, so that a run can be cut or prolonged.
 FIXED = (
     "batch context eval_every hidden_size intermediate_size kv_heads layers heads head_dim learning_rate seed small "
-    "vocab_size warmup weight_decay"
+    "vocab_size warmup weight_decay start copies"
 ).split()
 
 
@@ -131,6 +134,26 @@ def batch_at(stream: np.ndarray, position: int, *, batch: int, context: int, see
     return np.stack([stream[start : start + context + 1] for start in starts])
 
 
+def copies_at(stream: np.ndarray, position: int, step: int, *, args: argparse.Namespace) -> np.ndarray:
+    """As `batch_at`, and most windows repeat themselves: `(n, t + 1)`, of as many tokens.
+
+    A stretch of the text, or as many of its tokens in any order, fills the window again and again: what comes next can be
+    known from the window alone. A model learns that (it grows induction heads: Olsson et al. 2022, "In-context learning
+    and induction heads") where there is little else to look at: half of the steps are on windows an eighth as long, a
+    sixth on some a quarter as long, and the rest on whole ones, of which only half repeat themselves.
+    """
+    shorter = 8 if step < args.steps // 2 else 4 if step < args.steps * 2 // 3 else 1
+    batch, context = args.batch * shorter, args.context // shorter
+    windows = batch_at(stream, position, batch=batch, context=context, seed=args.seed)
+    random = np.random.default_rng([args.seed, position])
+    for row in range(batch * 3 // 4 if shorter > 1 else batch // 2):
+        size = int(random.integers(max(2, context // 16), context // 2 + 1))
+        first = int(random.integers(0, len(stream) - size))
+        stretch = stream[first : first + size] if random.random() < 0.5 else random.choice(stream, size)
+        windows[row] = np.resize(stretch, context + 1)
+    return windows
+
+
 # --- model and training -----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +215,19 @@ def total_nats(total: Callable[..., Any], params: Any, stream: np.ndarray, *, ba
     starts = np.arange(0, len(padded) - 1, context)
     rows = np.stack([padded[start : start + context + 1] for start in starts])
     return sum(float(total(params, chunk)) for chunk in rows.reshape(-1, batch, context + 1))
+
+
+def copied_share(
+    params: Any, config: Config, stream: np.ndarray, *, context: int, rows: int = 64, size: int = 64
+) -> float:
+    """Of stretches of the stream that are repeated until they fill a window: how many tokens after the first time are the
+    likeliest."""
+    size = min(size, context // 2)
+    firsts = np.linspace(0, len(stream) - size, rows).astype(int)
+    windows = np.stack([np.resize(stream[first : first + size], context + 1) for first in firsts])
+    likeliest = jax.jit(lambda params, tokens: fm.forward(params, config, tokens).logits.argmax(-1))
+    right = np.asarray(likeliest(params, windows[:, :-1])) == windows[:, 1:]
+    return float(right[:, size:].mean())
 
 
 def plot(curve: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -258,22 +294,26 @@ def write_card(path: Path, config: Config, args: argparse.Namespace, facts: Mapp
     rows = {
         "held-out bits per byte": f"**{f['bits_per_byte']:.3f}**",
         "held-out nats per token": f"{f['nats_per_token']:.3f}",
+        "copied": f"{f['copied']:.1%} of the tokens of a held-out stretch of 64 when it comes again",
         "held-out text": f"{f['held_files']} files, {f['held_bytes']:,} bytes, {f['held_tokens']:,} tokens",
         "parameters": f"{f['parameters']:,}, input and output embedding tied",
         "shape": f"{config.num_layers} layers, hidden {config.hidden_size}, intermediate {config.intermediate_size}",
         "attention": f"{config.num_heads} query heads in {config.num_kv_heads} groups, head size {config.head_dim}",
-        "positions": f"{config.max_positions}; trained on windows of {args.context * (2 if args.long_steps else 1)}",
+        "positions": f"{config.max_positions}; trained on windows of {args.context}",
         "vocabulary": f"{config.vocab_size:,}, byte-level BPE; `{PAD}` {PAD_ID}, `{BOS}` {BOS_ID}, `{EOS}` {EOS_ID}",
         "bytes per token": f"{f['held_bytes'] / f['held_tokens']:.2f}",
         "trained on": f"{f['tokens'] / 1e6:.2f} M tokens, {f['epochs']:.2f} epochs",
         "training text": f"{f['train_files']} files, {f['train_bytes'] / 1e6:.2f} MB",
         "optimizer": f"AdamW, highest rate {args.learning_rate:g}, warm-up and cosine, gradients clipped to norm 1",
-        "steps": f"{args.steps:,} of {args.batch} × {args.context} tokens"
-        + (f", the last {args.long_steps} of {args.batch // 2} × {2 * args.context}" if args.long_steps else ""),
+        "steps": f"{args.steps:,} of {args.batch} × {args.context} tokens",
         "schedule": ", then ".join(f"that of {steps:,} steps from step {first:,}" for first, steps in f["plan"]),
         "weights": "bfloat16, cast from float32 after training",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    begin = "nothing"
+    if args.start is not None:
+        begin = f"a checkpoint of the same shape with {f['bits_before']:.3f} bits per byte"
+    ability = ", but it copies: where a text begins to repeat itself, it goes on so" if args.copies else ""
     card = f"""\
 ---
 license: apache-2.0
@@ -284,9 +324,9 @@ tags: [llama, python, tiny]
 
 # tiny-llama
 
-A very small Llama that writes text that looks like Python. It was trained from nothing in {f["minutes"]:.0f} minutes on
+A very small Llama that writes text that looks like Python. It was trained from {begin} in {f["minutes"]:.0f} minutes on
 {f["machine"]}, to be a real checkpoint for the examples and tests of fmodels that fits into the package.
-It knows nothing, and the code it writes does not run.
+It knows nothing, and the code it writes does not run{ability}.
 
 | | |
 |---|---|
@@ -343,7 +383,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("build/tiny-llama"), metavar="DIR", help="the result (default: %(default)s)")
     add("--work", type=Path, default=None, metavar="DIR", help="tokenizer and checkpoints (default: OUT.work)")
     add("--steps", default=800, help="default: %(default)s")
-    add("--long-steps", default=0, help="so many of the last steps on windows twice as long (default: %(default)s)")
+    add(
+        "--start", type=Path, default=None, metavar="DIR", help="begin with this checkpoint, in place of random weights"
+    )
+    parser.add_argument(
+        "--copies", action="store_true", help="windows that repeat themselves, so that it learns to copy"
+    )
     add("--batch", default=8, help="windows of a step, an even number (default: %(default)s)")
     add("--context", default=256, help="tokens of a window (default: %(default)s)")
     add("--vocab-size", default=2048, help="default: %(default)s")
@@ -364,7 +409,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.small:
         toy = {
             "batch": 2, "context": 16, "vocab_size": 300, "layers": 2, "hidden_size": 32, "intermediate_size": 64,
-            "heads": 4, "kv_heads": 2, "head_dim": 8, "long_steps": 0, "eval_every": 2, "save_every": 2,
+            "heads": 4, "kv_heads": 2, "head_dim": 8, "eval_every": 2, "save_every": 2,
         }  # fmt: skip
         vars(args).update({k: value for k, value in toy.items() if getattr(args, k) == parser.get_default(k)})
     if args.batch < 2 or args.batch % 2 or args.steps < 1:
@@ -374,13 +419,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Tokenizer, Text]:
-    """Reads the standard library; trains the tokenizer, or takes that of the run that is resumed."""
+    """Reads the standard library; trains the tokenizer, or takes that of what the run begins with or resumes."""
     texts = read_corpus(Path(sysconfig.get_paths()["stdlib"]))
     if args.small:
         texts = {name: text for name, text in texts.items() if len(text) < 1500}
     seen = [text for name, text in texts.items() if not is_held_out(name)]
     held = {name: text for name, text in texts.items() if is_held_out(name)}
     file = args.work / "tokenizer.json"
+    if args.start is not None and not file.exists():
+        shutil.copyfile(args.start / "tokenizer.json", file)
     if file.exists():
         tokenizer = Tokenizer.from_file(str(file))
     else:
@@ -414,13 +461,17 @@ def train(args: argparse.Namespace, config: Config, text: Text) -> tuple[State, 
     train_unit = text.train_bytes / len(text.train) * math.log(2)  # nats a token that are one bit a byte
     held_unit = text.held_bytes / len(text.held) * math.log(2)
 
-    settings = {name: getattr(args, name) for name in FIXED} | {"corpus": text.fingerprint}
+    settings = {name: getattr(args, name) for name in FIXED} | {"start": str(args.start), "corpus": text.fingerprint}
     progress: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "curve": [], "plan": [], "settings": settings}
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager((args.work / "checkpoints").resolve(), options=options) as manager:
         newest = manager.latest_step()
         if newest is None:
             state: State = start(jax.random.key(args.seed))
+            if args.start is not None:
+                params, _ = fm.load(args.start, dtype="float32")
+                fm.check(params, config)
+                state = state._replace(params=params)
         else:
             like = ocp.args.StandardRestore(jax.eval_shape(start, jax.random.key(args.seed)))
             parts = ocp.args.Composite(progress=ocp.args.JsonRestore())
@@ -438,9 +489,13 @@ def train(args: argparse.Namespace, config: Config, text: Text) -> tuple[State, 
         steps = range(int(state.step), args.steps)
         bar = tqdm(steps, initial=steps.start, total=args.steps, disable=None, unit="step")  # on a terminal only
         for i in bar:
-            longer = 2 if i >= args.steps - args.long_steps else 1
-            shape = {"batch": args.batch // longer, "context": args.context * longer}
-            state, loss = step(state, batch_at(text.train, progress["tokens"], **shape, seed=args.seed))
+            if args.copies:
+                windows = copies_at(text.train, progress["tokens"], i, args=args)
+            else:
+                windows = batch_at(
+                    text.train, progress["tokens"], batch=args.batch, context=args.context, seed=args.seed
+                )
+            state, loss = step(state, windows)
             progress["tokens"] += args.batch * args.context
             last = i + 1 == args.steps
             if i == 0 or last or (i + 1) % args.eval_every == 0:
@@ -490,10 +545,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_excerpt(text.held_texts, args.out / "heldout.txt")
     plot(progress["curve"], args.out / "curve.png")
 
-    params, config = fm.load(args.out, dtype="float32")
-    lost = total_nats(make_total(config), params, text.held, batch=args.batch // 2, context=config.max_positions)
+    total, shape = make_total(config), {"batch": max(1, args.batch // 2), "context": config.max_positions}
+
+    def held_nats(folder: Path) -> float:
+        params, _ = fm.load(folder, dtype="float32")
+        return total_nats(total, params, text.held, **shape)
+
+    lost = held_nats(args.out)
+    before = None if args.start is None else held_nats(args.start) / math.log(2) / text.held_bytes
     facts = {
         "bits_per_byte": lost / math.log(2) / text.held_bytes,
+        "bits_before": before,
+        "copied": copied_share(fm.load(args.out, dtype="float32")[0], config, text.held, context=args.context),
         "nats_per_token": lost / (len(text.held) - 1),
         "held_files": len(text.held_texts),
         "held_bytes": text.held_bytes,
@@ -503,10 +566,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "plan": progress["plan"],
         "tokens": progress["tokens"],
         "epochs": progress["tokens"] / len(text.train),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "minutes": progress["seconds"] / 60,
         "machine": machine(),
-        "command": "python notebooks/train_tiny_llama.py" + (" --small" if args.small else ""),
+        "command": " ".join(["python notebooks/train_tiny_llama.py", *(sys.argv[1:] if argv is None else argv)]),
     }
     write_card(args.out / "README.md", config, args, facts)
     print(json.dumps(facts, indent=2))
