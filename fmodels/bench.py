@@ -346,37 +346,6 @@ def compile_time() -> Iterator[Result]:
     )
 
 
-def to_torch() -> Iterator[Result]:
-    """Bytes that `to_torch` copies, of all bytes."""
-    import jax
-
-    import fmodels as fm
-    from interop import torch as it
-
-    for name in ("llama-50m", "gpt2-small"):
-        config = bench_config(name)
-        params = fm.init(config, jax.random.key(0))
-        ranges = [
-            (leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes)
-            for leaf in jax.tree.leaves(params)
-        ]
-        begin = time.perf_counter()
-        tensors = it.to_torch(params, config)
-        elapsed = time.perf_counter() - begin
-        copied = [n for n, t in tensors.items() if not any(low <= t.data_ptr() < high for low, high in ranges)]
-        # GPT-2's fused projection joins three leaves, which is the one thing that needs new memory.
-        listed = [n for n in copied if n.endswith(("attn.c_attn.weight", "attn.c_attn.bias"))]
-        yield Result(
-            f"to_torch {name}: tensors copied beyond the listed",
-            len(copied) - len(listed),
-            0,
-            "tensors",
-            len(copied) - len(listed),
-            "<= 0",
-            f"{elapsed * 1e3:.1f} ms, {len(listed)} listed of {len(tensors)}",
-        )
-
-
 class _NoCompilationCache:
     """Compilations inside are real, whatever persistent cache is set."""
 
@@ -408,7 +377,6 @@ def _python(code: str) -> str:
 BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "import": import_time,
     "load": load,
-    "to_torch": to_torch,
     "compile": compile_time,
     "encode": encode,
     "decode": lambda: decode("llama-50m", 1, 2.5),

@@ -1,10 +1,11 @@
-"""Speed of the exchange: conversions against copying the file, exported programs against the native ones."""
+"""The exchange: tensors that are shared, conversions against copying the file, exported programs against native ones."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,39 @@ from typing import Any
 import numpy as np
 
 from fmodels.bench import Result, bench_config, median_of
+
+
+def sharing() -> Iterator[Result]:
+    """Tensors that `to_torch` and `to_tensorflow` copy, beside those that have no place in the tree's memory."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    import fmodels as fm
+    from interop.tensorflow import to_tensorflow
+    from interop.torch import to_torch
+
+    # GPT-2's fused projections join three leaves; its matrices are transposed, which TensorFlow has no strides for.
+    fused, matrices = ("attn.c_attn.weight", "attn.c_attn.bias"), ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    for model in ("llama-50m", "gpt2-small"):
+        config = bench_config(model)
+        params = fm.init(config, jax.random.key(0))
+        memory = [
+            (leaf.unsafe_buffer_pointer(), leaf.unsafe_buffer_pointer() + leaf.nbytes)
+            for leaf in jax.tree.leaves(params)
+        ]
+        for name, give, without in (
+            ("to_torch", to_torch, fused),
+            ("to_tensorflow", to_tensorflow, (*fused, *matrices)),
+        ):
+            begin = time.perf_counter()
+            tensors: Any = give(params, config)
+            elapsed = time.perf_counter() - begin
+            places = {n: np.from_dlpack(tensor).ctypes.data for n, tensor in tensors.items()}
+            copied = [n for n, place in places.items() if not any(low <= place < high for low, high in memory)]
+            listed = [n for n in copied if n.endswith(without)]
+            more = len(copied) - len(listed)
+            note = f"{elapsed * 1e3:.1f} ms, {len(listed)} listed of {len(tensors)}"
+            yield Result(f"{name} {model}: tensors copied beyond the listed", more, 0, "tensors", more, "<= 0", note)
 
 
 def exports(*, new_tokens: int = 64, batches: tuple[int, ...] = (1, 16), repeats: int = 5) -> Iterator[Result]:
@@ -83,5 +117,5 @@ def convert(*, repeats: int = 5) -> Iterator[Result]:
             )
 
 
-BENCHES: dict[str, Callable[[], Iterator[Result]]] = {"exports": exports, "convert": convert}
+BENCHES: dict[str, Callable[[], Iterator[Result]]] = {"sharing": sharing, "exports": exports, "convert": convert}
 """Name -> benchmark."""

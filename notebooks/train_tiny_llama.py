@@ -5,7 +5,7 @@ This is how `fmodels/assets/tiny-llama` was made, and an example of a training s
 random choice from an explicit key, master weights in float32, the result cast to bfloat16 and saved with `fm.save`.
 
     python notebooks/train_tiny_llama.py --out build/first                # the model of the package: it learns the text,
-    python notebooks/train_tiny_llama.py --start build/first --copies --steps 2400 --learning-rate 0.001  # and to copy
+    python notebooks/train_tiny_llama.py --start build/first --copies --steps 1600 --learning-rate 0.001  # and to copy
     python notebooks/train_tiny_llama.py --steps 3 --small --out build/x  # seconds, to see that it works
 
 Run the same command again after an interruption: it continues from its last checkpoint and reaches the same weights.
