@@ -85,8 +85,8 @@ class Config(_encoder.Config):
         problems = [
             f"pos_att_type has {name!r}; known are c2p and p2c" for name in {*self.pos_att_type} - {"c2p", "p2c"}
         ]
-        names = {self.conv_act, self.pooler_activation}
-        problems += [f"activation {name!r} is not supported" for name in names - ACTIVATIONS.keys()]
+        unknown = {self.conv_act, self.pooler_activation} - ACTIVATIONS.keys()
+        problems += [f"activation {name!r} is not supported" for name in unknown]
         if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
             problems.append(f"conv_kernel_size={self.conv_kernel_size} is even, which changes the length")
         if self.position_buckets == 1:
@@ -140,8 +140,7 @@ class Config(_encoder.Config):
         types, hidden = data.get("type_vocab_size", 0), data.get("hidden_size", cls.hidden_size)
         fields.update(num_token_types=max(types, 1), has_token_types=types > 0)
         sizes = {"embedding_size": hidden, "pooler_hidden_size": hidden, "attention_head_size": fields["head_dim"]}
-        wrong = [key for key, size in sizes.items() if data.get(key, size) != size]
-        problems += [f"{key}={data[key]!r} is not supported, only {sizes[key]}" for key in wrong]
+        problems += [f"{k}={data[k]!r} is not supported, only {n}" for k, n in sizes.items() if data.get(k, n) != n]
         own |= {"type_vocab_size", *sizes}
         if isinstance(data.get("pos_att_type"), str):
             fields["pos_att_type"] = tuple(part.strip() for part in data["pos_att_type"].lower().split("|"))
@@ -155,8 +154,7 @@ class Config(_encoder.Config):
 NAMES = {
     **_encoder.EMBEDDINGS,
     **{re.sub(r"(query|key|value)", r"\1_proj", name): leaf for name, leaf in _encoder.LAYER.items()},
-    "encoder.layer.{l}.attention.self.pos_key_proj": "layers.attention.position_key",
-    "encoder.layer.{l}.attention.self.pos_query_proj": "layers.attention.position_query",
+    **{f"encoder.layer.{{l}}.attention.self.pos_{x}_proj": f"layers.attention.position_{x}" for x in ("key", "query")},
     "encoder.rel_embeddings": "embed.distance_vectors",
     "encoder.LayerNorm": "embed.distance_norm",
     "encoder.conv.conv": "conv",
@@ -169,11 +167,9 @@ WHEN = {
     "layers.attention.position_query": "projects_queries",
     "embed.distance_vectors": "relative_attention",
     "embed.distance_norm": "is_normed",
-    "conv": "conv_kernel_size",
-    "conv_norm": "conv_kernel_size",
+    **dict.fromkeys(("conv", "conv_norm"), "conv_kernel_size"),
 }
-LM = "cls.predictions"
-NEW_LM = "lm_predictions.lm_head"
+LM, NEW_LM = "cls.predictions", "lm_predictions.lm_head"
 
 WEIGHTS = _encoder.weights(
     "deberta",
@@ -194,10 +190,7 @@ WEIGHTS = _encoder.weights(
     bias=f"{LM}.bias",
     ignored=(r"embeddings\.position_embeddings\.weight$", r"^mask_predictions\."),
     tensorflow=TensorFlow(
-        names={
-            r"rel_embeddings/embeddings$": "rel_embeddings.weight", r"/pos_key_proj/": "/pos_proj/",
-            r"/pos_query_proj/": "/pos_q_proj/",
-        },
+        names={r"rel_embeddings/embeddings$": "rel_embeddings.weight", "/pos_key_proj/": "/pos_proj/", "/pos_query_proj/": "/pos_q_proj/"},
         holds={"cls": "/embeddings/"},
     ),
 )  # fmt: skip

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from fmodels import tree
 from fmodels.models import _seq2seq
 from fmodels.models._base import init_normal
+from fmodels.models._encoder import head
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, cross_attention, with_distances
 from fmodels.nn.embeddings import embed
@@ -22,6 +23,8 @@ from fmodels.nn.norms import rms_norm
 from fmodels.types import NOTHING, Array, Cache, Cross, Keep, Key, Output, Params
 from fmodels.weights.rules import Rule, TensorFlow, Weights
 
+SAME = """vocab_size num_layers num_heads bos_token_id eos_token_id pad_token_id decoder_start_token_id
+tie_word_embeddings""".split()
 DECODER = ("base", "seq2seq-lm", "sequence-classification", "question-answering")
 """Tasks whose models have a decoder beside the encoder."""
 
@@ -61,22 +64,15 @@ class Config(_seq2seq.Config):
     model_type: ClassVar[str] = "t5"
     norm: ClassVar[str] = "rms"
     HF: ClassVar[Mapping[str, str]] = {
-        "vocab_size": "vocab_size",
+        **{name: name for name in SAME},
         "hidden_size": "d_model",
         "head_dim": "d_kv",
         "intermediate_size": "d_ff",
-        "num_layers": "num_layers",
         "decoder_num_layers": "num_decoder_layers",
-        "num_heads": "num_heads",
         "num_buckets": "relative_attention_num_buckets",
         "max_distance": "relative_attention_max_distance",
         "norm_eps": "layer_norm_epsilon",
         "initializer_range": "initializer_factor",
-        "bos_token_id": "bos_token_id",
-        "eos_token_id": "eos_token_id",
-        "pad_token_id": "pad_token_id",
-        "decoder_start_token_id": "decoder_start_token_id",
-        "tie_word_embeddings": "tie_word_embeddings",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset({"dropout_rate", "classifier_dropout", "n_positions"})
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
@@ -159,7 +155,6 @@ def _rules(part: str, blocks: Mapping[str, str], tasks: tuple[str, ...] | None) 
 
 
 SELF, CROSS, MLP = {"SelfAttention": "attention"}, {"EncDecAttention": "cross_attention"}, {"DenseReluDense": "mlp"}
-CLASSES = ("sequence-classification",)
 
 WEIGHTS = Weights(
     prefix={"": "", "sequence-classification": "transformer", "token-classification": "transformer"},
@@ -182,14 +177,10 @@ WEIGHTS = Weights(
         *_rules("decoder", SELF | CROSS | MLP, DECODER),
         # Optional: a file may say that its head is not tied and have none, which is then the table of tokens.
         Rule("lm_head.weight", "lm_head.weight", tasks=("seq2seq-lm",), when="untied", optional=True),
-        Rule("classification_head.dense.weight", "pooler.weight", tasks=CLASSES),
-        Rule("classification_head.dense.bias", "pooler.bias", tasks=CLASSES),
-        Rule("classification_head.out_proj.weight", "classifier.weight", tasks=CLASSES),
-        Rule("classification_head.out_proj.bias", "classifier.bias", tasks=CLASSES),
-        Rule("classifier.weight", "classifier.weight", tasks=("token-classification",)),
-        Rule("classifier.bias", "classifier.bias", tasks=("token-classification",)),
-        Rule("qa_outputs.weight", "classifier.weight", tasks=("question-answering",)),
-        Rule("qa_outputs.bias", "classifier.bias", tasks=("question-answering",)),
+        *head("classification_head.dense", "pooler", "sequence-classification"),
+        *head("classification_head.out_proj", "classifier", "sequence-classification"),
+        *head("classifier", "classifier", "token-classification"),
+        *head("qa_outputs", "classifier", "question-answering"),
     ),
 )
 
