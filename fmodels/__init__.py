@@ -11,6 +11,7 @@ from fmodels.adapters import add_adapter as add_adapter
 from fmodels.adapters import init_adapter as init_adapter
 from fmodels.adapters import load_adapter as load_adapter
 from fmodels.adapters import save_adapter as save_adapter
+from fmodels.adapters import unmerge_adapters as unmerge_adapters
 from fmodels.api import abstract as abstract
 from fmodels.api import check as check
 from fmodels.api import forward as forward

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fmodels import layout, schema
+import jax.numpy as jnp
+import numpy as np
+
+from fmodels import layout, schema, tree
 from fmodels.adapter_config import AdapterConfig
+from fmodels.arrays import plain
 from fmodels.models import Config, family
+from fmodels.types import Params
+from fmodels.weights import rules
 from fmodels.weights.rules import Place, Weights
 
 PREFIX = "base_model.model."
@@ -70,6 +76,43 @@ def model(config: Config) -> Model:
             modules[module] = _kind(schema.stacked_path(path), module, weights)
             embedding = embedding or (module if path == "embed.tokens" else "")
     return Model(places, tied, modules, embedding)
+
+
+class Base:
+    """The tensors of a model by PyTorch's names, one at a time."""
+
+    def __init__(self, params: Params, config: Config):
+        self.flat, self.stacked, self.config = tree.flatten(params), tree.is_stacked(params), config
+        names = model(config)
+        self.places = names.places
+        self.same = {
+            name: next(n for n, p in names.places.items() if p.rule.leaf == leaf) for name, leaf in names.tied.items()
+        }
+
+    def place(self, name: str) -> Place:
+        return self.places[self.same.get(name, name)]
+
+    def has(self, name: str) -> bool:
+        """Whether the tree has it; optional tensors may be missing."""
+        place = self.place(name)
+        return not place.rule.optional or all(p in self.flat for p in place.leaves(stacked=self.stacked).values())
+
+    def tensor(self, name: str) -> Any:
+        """As it lies on disk."""
+        place = self.place(name)
+        where = place.leaves(stacked=self.stacked)
+        leaves = {path: place.part(plain(self.flat[where[path]]), stacked=self.stacked) for path in place.rule.leaves}
+        return rules.to_disk(place.rule, leaves, jnp.concatenate)
+
+    def matrix(self, name: str) -> Any:
+        """With its outputs first."""
+        return rules.outputs_first(self.place(name).rule, self.tensor(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of `matrix`."""
+        place = self.place(name)
+        shape = rules.disk_shape(place.rule, place.sizes(self.config))
+        return rules.outputs_first(place.rule, np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
 def _kind(path: str, module: str, weights: Weights) -> str:

@@ -127,6 +127,28 @@ def test_peft(made, name):
         np.testing.assert_array_equal(gradient.tensors[key], 0)
 
 
+@pytest.mark.parametrize("name", ["lora", "rslora", "fused", "experts", "latent"])
+def test_unmerged(made, name):
+    """From PEFT's merged weights, against what PEFT takes out of them."""
+    loaded, adapted, _, adapter = made(name)
+    theirs = copy.deepcopy(adapted)
+    theirs.merge_adapter()
+    state = copy.deepcopy(adapted).merge_and_unload().state_dict()
+    merged = fm.from_disk({key: tensor.numpy() for key, tensor in state.items()}, loaded.config)
+    theirs.unmerge_adapter()
+    state = theirs.unload().state_dict()
+    again = fm.unmerge_adapters(merged, loaded.config, adapter)
+    for key, tensor in fm.to_disk(again, loaded.config, module=True).items():
+        np.testing.assert_allclose(tensor, state[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["dora", "rows", "biases", "head"])
+def test_what_cannot_be_unmerged(made, name):
+    loaded, _, _, adapter = made(name)
+    with pytest.raises(ValueError, match="load the base model"):
+        fm.unmerge_adapters(loaded.params, loaded.config, adapter)
+
+
 def without_copies(adapter):
     """PEFT saves a bias that is tied to another beside it."""
     copies = ("cls.predictions.decoder.bias",)

@@ -111,8 +111,8 @@ def _chosen(factors: Sequence[Array | None], choice: Array, depth: int | None) -
 def merge_adapters(params: Params) -> Params:
     """The tree with its low-rank adapters in its weights: plain arrays, of the dtype that they had.
 
-    What is merged cannot be taken out again exactly; keep the tree of the base model, which `add_adapter` leaves as it is
-    and whose arrays the adapted tree shares.
+    Keep the tree of the base model, which `add_adapter` leaves as it is and whose arrays the adapted tree shares:
+    `unmerge_adapters` takes out again what was merged, but not exactly.
 
     Args:
         params: a tree from `add_adapter`; one without adapters is returned as it is.
