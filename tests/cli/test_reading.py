@@ -169,7 +169,7 @@ def test_demo(run, tmp_path, unchanged):
     unchanged(TINY)
     code, out, _ = run("demo", "--out", tmp_path / "out")
     assert code == 0, out
-    parts = "layers.attention.query.weight|greedy:|bits per byte|removed 8 of 32 heads|PyTorch: |TensorFlow: "
+    parts = "layers.attention.query.weight|greedy:|bits per byte|removed 4 of 32 heads|PyTorch: |TensorFlow: "
     for text in (*parts.split("|"), "conversion certificate  PASS", "everything that must be exact is exact"):
         assert text in out
     assert fm.load(tmp_path / "out")[1] == fm.load(TINY)[1]
