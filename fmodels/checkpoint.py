@@ -146,6 +146,7 @@ def load(
     layers: str = "stacked",
     sharding: Any = None,
     key: Key | None = None,
+    dequantize: bool | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
@@ -165,6 +166,9 @@ def load(
             are memory-mapped without a copy. Unevenly pruned checkpoints are always a tuple.
         sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them.
         key: random key for a new head.
+        dequantize: whether quantised weights become the arrays that they stand for. If False they are leaves that are
+            expanded where they are used and are saved as they are: those of a quantised checkpoint, and q8_0 and q4_0 of a
+            GGUF file. None: GGUF files are dequantised, others are not. `fm.dequantize` does it later.
         revision: branch, tag or commit on the Hub.
         subfolder: of the source.
         variant: as in `model.<variant>.safetensors`, or a part of the name of a GGUF file.
@@ -194,6 +198,11 @@ def load(
         source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
         token=token, local_files_only=local_files_only,
     )  # fmt: skip
+    if dequantize:
+        config = dataclasses.replace(opened.config, quantization=None)
+        opened = opened._replace(config=config, tensors=quantized.expanded(opened.tensors))
+    elif dequantize is not None:
+        opened = opened._replace(tensors=quantized.kept(opened.tensors))
     tensors = opened.tensors
     config, planned = plan(opened, new_head=task is not None and key is not None)
     _check_dtypes(planned, tensors, dtype)
@@ -457,12 +466,13 @@ def save(
     """
     check_format(format, verb="save")
     check(params, config)
-    if not quantized.has(params):
+    needed = quantized.dialects_of(params)
+    if "pt" not in needed:
         config = dataclasses.replace(config, quantization=None)
-    elif config.quantization is None or FORMATS[format].dialect != "pt":
+    if needed - {FORMATS[format].dialect} or ("pt" in needed and config.quantization is None):
         raise ValueError(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
-            'save with the config that load gave, as "safetensors", or dequantize first'
+            f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or dequantize first'
         )
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
     tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)

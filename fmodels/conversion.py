@@ -26,7 +26,7 @@ from fmodels.models import Config
 from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format
-from fmodels.weights.methods import Packed
+from fmodels.weights.quantized import expanded
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -129,7 +129,7 @@ def convert(
         other = opened.tensors.keys() - planned.tensors.keys()
         tensors = {name: tensor for name, tensor in opened.raw.items() if name not in other}
     else:
-        tensors = _arrays(tensors)
+        tensors = expanded(tensors)
     config = config if quantized else dataclasses.replace(config, quantization=None)
     wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
@@ -184,14 +184,6 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
         if name not in planned.tensors
     )
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the arrays that quantised weights stand for."""
-    return {
-        name: Tensor.lazy(name, tensor.dtype, tensor.shape, tensor.array) if isinstance(tensor, Packed) else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def _cast(tensor: Tensor, dtype: np.dtype | None) -> Tensor:

@@ -63,7 +63,8 @@ MAX_ITEMS = 2**22  # of all arrays of text and of arrays together: each becomes 
 MAX_DEPTH = 4  # of arrays in arrays
 MAX_AXES = 4
 MAX_NAME = 63  # bytes, of llama.cpp
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+WRITABLE = ("f32", "f16", "bf16", "q8_0")  # what numbers can be written as; other blocks are copied
 NARROW = {"fmodels.float16": np.dtype(np.float16), "fmodels.bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Metadata = dict[str, Any]
@@ -327,8 +328,8 @@ def write(
         >>> tensors["x.weight"].type, tensors["x.weight"].array()[0, 0].item(), metadata["general.file_type"].item()
         ('q8_0', 127.0, 7)
     """
-    if type is not None and type not in FILE_TYPES:
-        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(FILE_TYPES)}")
+    if type is not None and type not in WRITABLE:
+        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(WRITABLE)}")
     metadata = {key: value for key, value in (metadata or {}).items() if key != "format" and key not in NARROW}
     problems = [problem for name, tensor in tensors.items() if (problem := _problem(name, tensor))]
     if problems:

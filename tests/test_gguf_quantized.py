@@ -1,0 +1,134 @@
+"""Quantised tensors of GGUF: kept as leaves they have gguf-py's numbers and bytes, and what is written has gguf-py's bytes."""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import fmodels as fm
+from fmodels.arrays import Quantized
+from fmodels.checkpoint import disk_tensors
+from fmodels.dialects import gguf as dialect
+from tests import families, gguf_files
+from tests.families import LLAMA, MIXTRAL, SMALL
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 61}
+ROWS = {
+    "llama": ("LlamaForCausalLM", LLAMA | WIDE | {"num_attention_heads": 4, "head_dim": 16}),
+    "qwen2": ("Qwen2ForCausalLM", SMALL | WIDE | {"tie_word_embeddings": True}),
+    "phi3": ("Phi3ForCausalLM", SMALL | WIDE | {"sliding_window": None}),
+    "mixtral": ("MixtralForCausalLM", MIXTRAL | WIDE | {"num_attention_heads": 4, "head_dim": 16, "num_local_experts": 3}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A model of transformers and a file of it by gguf-py, all of whose matrices are quantised but for routers."""
+    root = tmp_path_factory.mktemp("gguf")
+
+    def get(name, kind):
+        loaded = families.load(families.Case(f"{name}/causal-lm", *ROWS[name]), root)
+        path = loaded.folder / f"{kind}.gguf"
+        if not path.exists():
+            tensors = gguf_files.convert(loaded.model, loaded.folder)
+            named = [n for n, a in tensors.items() if a.ndim > 1 and "gate_inp" not in n]
+            gguf_files.write(path, loaded.model, tensors, dict.fromkeys(named, kind))
+        return loaded, path
+
+    return get
+
+
+def is_kept(leaf):
+    return isinstance(leaf, Quantized)
+
+
+def contents(path):
+    """Name -> type and bytes, by gguf-py."""
+    return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", "q8_0"), ("llama", "q4_0"), ("qwen2", "q4_0"), ("phi3", "q8_0"), ("mixtral", "q4_0")],
+)
+def test_kept(name, kind, rows, tmp_path):
+    loaded, path = rows(name, kind)
+    plain, config = fm.load(path)
+    params, same_config = fm.load(path, dequantize=False)
+    assert same_config == config
+    assert not any(map(is_kept, fm.tree.flatten(plain).values()))
+    leaves = fm.tree.flatten(params)
+    assert all(
+        is_kept(leaf) == ("norm" not in at and "router" not in at and "bias" not in at) for at, leaf in leaves.items()
+    )
+    size = {"q8_0": 34, "q4_0": 18}[kind]
+    assert leaves["layers.attention.output.weight"].nbytes == 2 * 64 * 64 // 32 * size
+
+    # The arrays are those of gguf-py, rows in PyTorch's order.
+    by_gguf = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    own = dialect.write(disk_tensors(fm.dequantize(params), config), config)
+    assert own.keys() == by_gguf.keys()
+    assert all(np.array_equal(tensor.array(), by_gguf[n].reshape(tensor.shape)) for n, tensor in own.items())
+    expanded = fm.tree.flatten(fm.dequantize(params))
+    assert all(np.array_equal(leaf, expanded[at]) for at, leaf in fm.tree.flatten(plain).items())
+
+    tokens = loaded.inputs()["tokens"]
+    want = np.asarray(fm.forward(plain, config, tokens).logits)
+    got = np.asarray(fm.forward(params, config, tokens).logits)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+    # The same bytes go into a new file, from both forms of the tree.
+    for form in (params, fm.unstack_layers(params)):
+        fm.save(form, config, tmp_path / "new", format="gguf")
+        assert contents(tmp_path / "new" / "model.gguf") == contents(path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_transformers_has_the_same_logits(name, rows):
+    loaded, path = rows(name, "q8_0")
+    params, config = fm.load(path, dequantize=False)
+    model = type(loaded.model).from_pretrained(
+        path.parent, gguf_file=path.name, attn_implementation="eager", dtype=torch.float32, config=loaded.model.config
+    )
+    tokens = loaded.inputs()["tokens"]
+    want = families.reference(model, loaded.inputs())["logits"]
+    got = np.asarray(fm.forward(params, config, tokens).logits)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(1.0, np.abs(want).max()))
+
+
+def test_other_types_are_arrays(rows, tmp_path):
+    """A layer with another type makes layers a tuple; what has no leaf of its own is dequantised; dtype is what leaves stand for."""
+    loaded, path = rows("llama", "q8_0")
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    types = dict.fromkeys([n for n, a in tensors.items() if a.ndim > 1], "q8_0")
+    types |= {"blk.1.ffn_up.weight": "q4_0", "output.weight": "q5_1"}
+    gguf_files.write(tmp_path / "mixed.gguf", loaded.model, tensors, types)
+    params, config = fm.load(tmp_path / "mixed.gguf", dequantize=False, dtype="bfloat16")
+    up = [layer["mlp"]["up"]["weight"] for layer in params["layers"]]
+    assert [leaf.codec.type for leaf in up] == ["q8_0", "q4_0"]
+    assert not is_kept(params["lm_head"]["weight"])
+    assert params["lm_head"]["weight"].dtype == up[0].dtype == np.dtype("bfloat16")
+    fm.save(params, config, tmp_path / "new", format="gguf")
+    new, old = contents(tmp_path / "new" / "model.gguf"), contents(tmp_path / "mixed.gguf")
+    assert all(new[n] == old[n] for n, kind in types.items() if kind in ("q8_0", "q4_0"))
+    with pytest.raises(ValueError, match=r"which format 'safetensors' .* as \"gguf\", or dequantize first"):
+        fm.save(params, config, tmp_path / "no")
+    fm.save(fm.dequantize(params), config, tmp_path / "plain")
+
+
+def test_kept_leaves_are_split_in_whole_blocks(rows):
+    _, path = rows("llama", "q4_0")
+    _, config = fm.load(path)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    letters = {"h": "model", "g": "model", "f": "model", "v": "model"}
+    specs = fm.partition_specs(fm.abstract(config), letters)
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    params, _ = fm.load(path, dequantize=False, sharding=placed)
+    assert params["layers"]["mlp"]["down"]["weight"].parts["blocks"].sharding.spec == PartitionSpec(
+        None, None, "model", None
+    )
+    assert params["layers"]["mlp"]["up"]["weight"].parts["blocks"].sharding.spec == PartitionSpec(
+        None, "model", None, None
+    )
