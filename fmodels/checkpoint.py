@@ -29,7 +29,7 @@ from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
 from fmodels.weights.formats import check_format, is_alone
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import READERS, aligned_empty, as_bytes
+from fmodels.weights.tensors import READERS, aligned_empty, as_bytes, cast, is_floating
 
 ALIGNMENT = 64
 Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
@@ -193,7 +193,7 @@ def load(
         ('llama', 'causal-lm', 'bfloat16')
     """
     stacked = layout.check_layers(layers)
-    _check_dtype(dtype)
+    check_dtype("load", dtype)
     opened = open_checkpoint(
         source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
         token=token, local_files_only=local_files_only,
@@ -247,13 +247,31 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and as_bytes(a) == as_bytes(b)
 
 
-def _check_dtype(dtype: Any) -> None:
+def check_dtype(verb: str, dtype: Any) -> np.dtype | None:
+    """The dtype, or a ValueError if it is no floating one; None stays."""
     try:
-        floating = dtype is None or jnp.issubdtype(np.dtype(dtype), jnp.floating)
+        found = None if dtype is None else np.dtype(dtype)
     except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"load: expected a floating dtype such as 'bfloat16', got {dtype!r}")
+        found = np.dtype(object)
+    if found is not None and not is_floating(found):
+        raise ValueError(f"{verb}: expected a floating dtype such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def dtype_and_type(verb: str, dtype: Any, format: str) -> tuple[np.dtype | None, str | None]:
+    """What to cast floating tensors to, and the type that `Format.of_type` is to give those of the file; None to leave them.
+
+    Raises:
+        ValueError: no floating dtype, nor a type of the format.
+    """
+    name = dtype if isinstance(dtype, str) else None
+    owner = next((one for one, kind in FORMATS.items() if name in kind.types.values()), None)
+    if owner not in (None, format):
+        raise ValueError(f"{verb}: {dtype!r} is a type of format {owner!r}, which {format!r} does not have")
+    if owner is not None:
+        return None, name
+    found = check_dtype(verb, dtype)
+    return found, None if found is None else FORMATS[format].types.get(found.name)
 
 
 def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: Any) -> None:
@@ -435,6 +453,7 @@ def save(
     folder: str | os.PathLike[str],
     *,
     format: str = "safetensors",
+    dtype: Any = None,
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
 ) -> None:
@@ -448,6 +467,8 @@ def save(
         config: its config.
         folder: made if it is not there.
         format: a key of `fm.FORMATS` that can be written: `"safetensors"`, `"torch"` for `pytorch_model.bin`, ….
+        dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`: the matrices that
+            llama.cpp's converter quantises, where rows are a multiple of 32 numbers.
         max_shard_size: bytes, or text such as `"5GB"`.
         variant: as in `model.<variant>.safetensors`.
 
@@ -474,8 +495,16 @@ def save(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
             f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or dequantize first'
         )
-    dtype = np.dtype(params["embed"]["tokens"].dtype).name
-    tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
+    numbers, type = dtype_and_type("save", dtype, format)
+    if "pt" in needed and numbers is not None:
+        raise ValueError(f"save: the tree has quantised leaves, which have no dtype {dtype!r}; dequantize first")
+    tensors = disk_tensors(params, config)
+    if numbers is not None:
+        tensors = {name: cast(tensor, numbers) for name, tensor in tensors.items()}
+    said = np.dtype(params["embed"]["tokens"].dtype if numbers is None else numbers).name
+    tensors, metadata, files = as_written(tensors, config, said, format)
+    if type is not None:
+        tensors = FORMATS[format].of_type(tensors, type)
     write_folder(
         folder, tensors, format=format, max_shard_size=max_shard_size, variant=variant, metadata=metadata, files=files
     )

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fmodels import checkpoint, dialects
-from fmodels.bytewise import canonical_names, count_not_finite
+from fmodels.bytewise import canonical_names
 from fmodels.dialects import tree as tree_dialect
 from fmodels.layout import Plan
 from fmodels.models import Config
@@ -27,6 +27,7 @@ from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format
 from fmodels.weights.quantized import expanded
+from fmodels.weights.tensors import cast
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -92,7 +93,7 @@ def convert(
         folder: where to: a new or empty folder.
         format: a key of `fm.FORMATS`.
         from_format: which of several formats in the source.
-        dtype: floating tensors are cast to it; None keeps what they are.
+        dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`, as in `save`.
         task: keep the head of this task only.
         dequantize: write the arrays that quantised weights stand for; else they are written as they are.
         max_shard_size: bytes, or text such as `"5GB"`.
@@ -115,7 +116,7 @@ def convert(
         (38, 0, ())
     """
     check_format(format, verb="convert")
-    dtype = None if dtype is None else check_dtype(dtype)
+    numbers, type = checkpoint.dtype_and_type("convert", dtype, format)
     opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
     config, planned = checkpoint.plan(opened)
     tensors, left_out = _renamed(opened.tensors, planned, config)
@@ -131,9 +132,14 @@ def convert(
     else:
         tensors = expanded(tensors)
     config = config if quantized else dataclasses.replace(config, quantization=None)
-    wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+    wanted = tensors if numbers is None else {name: cast(tensor, numbers) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
     written, metadata, files = checkpoint.as_written(wanted, config, _dtype_name(wanted), format, kept)
+    count = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
+    if type is not None:
+        before, written = written, FORMATS[format].of_type(written, type)
+        wanted = dialects.read(written, config, FORMATS[format].dialect)
+        count += sum(tensor is not before[name] for name, tensor in written.items())
     release = {t.file for t in opened.raw.values() if t.file is not None}
 
     def advance(count: int) -> None:
@@ -154,21 +160,9 @@ def convert(
         own = opened.path if opened.path.is_dir() else None
         copied = () if own is None else tuple(copy_others(own, stage))
         digest = _verify(wanted, stage, release, quantized=quantized) if verify else None
-    cast = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
     return Conversion(
-        str(source), str(folder), format, len(written), _total(written), digest, cast, left_out, copied, resumed
+        str(source), str(folder), format, len(written), _total(written), digest, count, left_out, copied, resumed
     )
-
-
-def check_dtype(dtype: Any) -> np.dtype:
-    """The dtype, or a ValueError if it is no floating one."""
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"convert: {dtype!r} is not a floating dtype; use one such as bfloat16, float16, float32")
-    return found
 
 
 def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -184,22 +178,6 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
         if name not in planned.tensors
     )
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
-
-
-def _cast(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
-    if dtype is None or tensor.dtype == dtype or not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return tensor
-
-    def get() -> np.ndarray:
-        with np.errstate(over="ignore"):  # it is counted when the file is checked
-            array, cast = tensor.array(), tensor.array().astype(dtype)
-        if count_not_finite(cast) != count_not_finite(array):
-            raise ValueError(
-                f"convert: {tensor.name!r} has values that {dtype} cannot hold; use bfloat16, or keep the dtype"
-            )
-        return cast
-
-    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:

@@ -132,3 +132,55 @@ def test_kept_leaves_are_split_in_whole_blocks(rows):
     assert params["layers"]["mlp"]["up"]["weight"].parts["blocks"].sharding.spec == PartitionSpec(
         None, "model", None, None
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_written_as_q8_0(name, rows, tmp_path):
+    """`save` and `convert` quantise what llama.cpp's converter does, to the bytes of gguf-py."""
+    loaded, _ = rows(name, "q8_0")
+    theirs = gguf_files.convert(loaded.model, loaded.folder)
+    fm.save(loaded.params, loaded.config, tmp_path / "saved", format="gguf", dtype="q8_0")
+    done = fm.convert(loaded.folder, tmp_path / "converted", format="gguf", dtype="q8_0")
+    assert done.cast == sum(a.ndim > 1 and "gate_inp" not in n for n, a in theirs.items())
+    for folder in ("saved", "converted"):
+        reader = gguf.GGUFReader(tmp_path / folder / "model.gguf")
+        assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+        found = {t.name: t for t in reader.tensors}
+        assert found.keys() == theirs.keys()
+        for n, array in theirs.items():
+            kind = "F32" if array.ndim < 2 or "norm" in n or "gate_inp" in n else "Q8_0"
+            assert found[n].tensor_type.name == kind, n
+            want = gguf.quants.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType[kind])
+            assert found[n].data.tobytes() == want.tobytes(), n
+    back = fm.convert(tmp_path / "converted", tmp_path / "back", format="gguf", dtype="float32")
+    assert back.sha256 == done.sha256
+    assert {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "back" / "model.gguf").tensors} == {"F32"}
+
+
+def test_types_of_other_formats_are_refused(rows, tmp_path):
+    loaded, path = rows("llama", "q8_0")
+    with pytest.raises(
+        ValueError, match="convert: 'q8_0' is a type of format 'gguf', which 'safetensors' does not have"
+    ):
+        fm.convert(loaded.folder, tmp_path / "no", dtype="q8_0")
+    with pytest.raises(ValueError, match="save: expected a floating dtype such as 'bfloat16', got 'q4_k'"):
+        fm.save(loaded.params, loaded.config, tmp_path / "no", format="gguf", dtype="q4_k")
+    assert not (tmp_path / "no").exists()
+    fm.save(loaded.params, loaded.config, tmp_path / "half", dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in fm.tree.flatten(fm.load(tmp_path / "half")[0]).values()} == {"bfloat16"}
+    fm.save(*fm.load(path, dequantize=False), tmp_path / "wide", format="gguf", dtype="float32")
+    assert {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "wide" / "model.gguf").tensors} == {"F32"}
+
+
+def test_routers_and_positions_are_wide(rows, tmp_path):
+    """In bfloat16, too, as by llama.cpp's converter; they come back as they were."""
+    loaded, _ = rows("mixtral", "q8_0")
+    params = fm.cast(loaded.params, "bfloat16")
+    fm.save(params, loaded.config, tmp_path, format="gguf")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (kinds["blk.0.ffn_gate_inp.weight"], kinds["blk.0.ffn_up_exps.weight"]) == ("F32", "BF16")
+    again = fm.tree.flatten(fm.load(tmp_path)[0])
+    assert all(
+        np.array_equal(leaf, again[at]) and leaf.dtype == again[at].dtype
+        for at, leaf in fm.tree.flatten(params).items()
+    )

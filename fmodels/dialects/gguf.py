@@ -29,7 +29,7 @@ from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
 from fmodels.weights.ggml import Blocks
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import listing
+from fmodels.weights.tensors import cast, listing
 
 __all__ = ["config", "config_from_gguf", "metadata", "read", "write"]
 
@@ -169,7 +169,7 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
         moved = Tensor.lazy(tensor.name, np.float32, shape, lambda: wide.array().astype(np.float32, copy=False) + step)
         if tensor.dtype == np.float32:
             return moved
-        return ggml.cast(moved, tensor.dtype) if back else ggml.Widened.of(moved, tensor.dtype)
+        return cast(moved, tensor.dtype) if back else ggml.Widened.of(moved, tensor.dtype)
     return tensor
 
 

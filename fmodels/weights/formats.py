@@ -6,8 +6,8 @@ import importlib
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Format:
         writable: whether it can be written.
         sharded: whether it may be several files.
         directory: whether it is a folder of files.
+        types: what a dtype's name asks `of_type(tensors, type)` of the module for, beyond a dtype: blocks, and their arrays.
     """
 
     module: str
@@ -42,6 +43,7 @@ class Format:
     writable: bool = True
     sharded: bool = True
     directory: bool = False
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read(self) -> Callable[..., tuple[Tensors, Metadata]]:
@@ -50,6 +52,10 @@ class Format:
     @property
     def write(self) -> Callable[..., None]:
         return self._module.write
+
+    def of_type(self, tensors: Tensors, type: str) -> Tensors:
+        """The tensors of a file with those that can be of the type in it; the others are the same objects."""
+        return self._module.of_type(tensors, type)
 
     @property
     def _module(self) -> Any:
@@ -98,7 +104,13 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
     "flax": Format("flax_msgpack", "flax_model", "msgpack", dialect="flax"),
     "tf": Format("tf_h5", "tf_model", "h5", dialect="tf"),
     "gguf": Format(
-        "gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False
+        "gguf",
+        "model",
+        "gguf",
+        dialect="gguf",
+        others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf",
+        sharded=False,
+        types={"q8_0": "q8_0", "float32": "f32"},
     ),
     "tf-checkpoint": Format(
         "tf_checkpoint",

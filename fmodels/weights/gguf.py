@@ -4,8 +4,8 @@ Metadata are a dict in the file's order, typed by numpy: scalars (`np.uint32`, `
 `np.ndarray`, as `list` where they are of text, as `tuple` where they are of arrays. So what was read is written back as it was.
 Tensors of quantised types are `Blocks`: their array is dequantised, and `write` copies their bytes.
 
-llama.cpp computes with one-dimensional tensors and with norms in float32 and wants them so; `write` widens them, and notes
-in the metadata `fmodels.float16` and `fmodels.bfloat16` what `read` has to make narrow again.
+llama.cpp computes with one-dimensional tensors, norms, routers and positions in float32 and wants them so; `write` widens
+them, and notes in the metadata `fmodels.float16` and `fmodels.bfloat16` what `read` has to make narrow again.
 
 Source: docs/gguf.md of ggml and gguf-py of llama.cpp; the checks are those of llama.cpp's gguf.cpp, and more.
 """
@@ -26,6 +26,9 @@ from fmodels.weights.tensors import (
     File,
     Tensor,
     brief,
+    cast,
+    computed,
+    is_floating,
     is_lfs_pointer,
     lfs_error,
     listing,
@@ -65,6 +68,13 @@ MAX_AXES = 4
 MAX_NAME = 63  # bytes, of llama.cpp
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
 WRITABLE = ("f32", "f16", "bf16", "q8_0")  # what numbers can be written as; other blocks are copied
+WIDE = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "position_embd.weight",
+    "token_types.weight",
+)
 NARROW = {"fmodels.float16": np.dtype(np.float16), "fmodels.bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Metadata = dict[str, Any]
@@ -312,8 +322,7 @@ def write(
         path: the file.
         tensors: by name; the names in the file are the keys. Those of `read` that are quantised are copied.
         metadata: as `read` gives them, and kept in their order; numbers of Python are refused, as their types are not known.
-        type: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` of the tensors with rows, None to keep those that they have. Rows that are
-            no multiple of q8_0's 32 numbers keep their type.
+        type: as in `of_type`, None to keep those that the tensors have.
         advance: called with the number of bytes in memory after each tensor.
 
     Raises:
@@ -328,13 +337,12 @@ def write(
         >>> tensors["x.weight"].type, tensors["x.weight"].array()[0, 0].item(), metadata["general.file_type"].item()
         ('q8_0', 127.0, 7)
     """
-    if type is not None and type not in WRITABLE:
-        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(WRITABLE)}")
+    given, tensors = tensors, tensors if type is None else of_type(tensors, type)
     metadata = {key: value for key, value in (metadata or {}).items() if key != "format" and key not in NARROW}
     problems = [problem for name, tensor in tensors.items() if (problem := _problem(name, tensor))]
     if problems:
         raise ValueError(f"write: {len(problems)} tensors cannot be in a GGUF file: {listing(problems, sep='; ')}")
-    kinds = {name: _kind(name, tensor, type) for name, tensor in tensors.items()}
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
     most = dict.fromkeys(kinds.values(), 0)
     for name, kind in kinds.items():
         most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
@@ -368,7 +376,35 @@ def write(
             send(out, stored)
             out.write(bytes(_padded(stored.nbytes, alignment) - stored.nbytes))
             if advance is not None:
-                advance(tensor.nbytes)
+                advance(given[name].nbytes)
+
+
+def of_type(tensors: Mapping[str, Tensor], type: str) -> dict[str, Tensor]:
+    """The tensors as files of llama.cpp's converter with `--outtype` have them, but that nothing is rounded that need not be.
+
+    Args:
+        tensors: by the names in the file.
+        type: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` of those that llama.cpp does not want in float32. Rows that are no
+            multiple of q8_0's 32 numbers keep their type.
+
+    Raises:
+        ValueError: another type.
+    """
+    if type not in WRITABLE:
+        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(WRITABLE)}")
+    return {name: _of_type(name, tensor, type) for name, tensor in tensors.items()}
+
+
+def _of_type(name: str, tensor: Tensor, type: str) -> Tensor:
+    known, own = ggml.TYPES[type], tensor.type if isinstance(tensor, Blocks) else None
+    if not is_floating(tensor.dtype) or own == type or (own is None and is_wide(name, tensor.shape)):
+        return tensor
+    if known.dtype is not None:
+        return cast(tensor if own is None else computed(tensor), known.dtype)
+    if tensor.shape[-1] % known.size:
+        return tensor
+    row = (*tensor.shape[:-1], tensor.shape[-1] // known.size * known.nbytes)
+    return Blocks.of(name, type, Tensor.lazy(name, np.uint8, row, lambda: ggml.quantize_q8_0(tensor.array())))
 
 
 def _refuse(what: str) -> None:
@@ -376,8 +412,8 @@ def _refuse(what: str) -> None:
 
 
 def is_wide(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp wants a tensor in float32, whatever the others are: biases and norms."""
-    return len(shape) < 2 or name.endswith("_norm.weight")
+    """Whether llama.cpp wants a tensor in float32, whatever the others are: biases, norms, routers, positions, token types."""
+    return len(shape) < 2 or name.endswith(WIDE)
 
 
 def _problem(name: object, tensor: Tensor) -> str | None:
@@ -390,28 +426,23 @@ def _problem(name: object, tensor: Tensor) -> str | None:
     return None
 
 
-def _kind(name: str, tensor: Tensor, wanted: str | None) -> str:
+def _kind(name: str, tensor: Tensor) -> str:
     """The type that a tensor is written in."""
-    if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
-        return ggml.BY_DTYPE[tensor.dtype]
-    if is_wide(name, tensor.shape) and not isinstance(tensor, Blocks):
+    if isinstance(tensor, Blocks):
+        return tensor.type
+    if is_floating(tensor.dtype) and is_wide(name, tensor.shape):
         return "f64" if tensor.dtype == np.float64 else "f32"
-    if wanted is None or (wanted == "q8_0" and tensor.shape[-1] % ggml.TYPES[wanted].size):
-        return tensor.type if isinstance(tensor, Blocks) else ggml.BY_DTYPE[tensor.dtype]
-    return wanted
+    return ggml.BY_DTYPE[tensor.dtype]
 
 
 def _stored(tensor: Tensor, kind: str) -> Tensor:
     """The tensor whose elements are what lies in the file."""
-    if isinstance(tensor, Blocks) and tensor.type == kind and tensor.packed is not None:
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
         return tensor.packed
     if isinstance(tensor, Widened) and tensor.wide is not None and kind == "f32":
         return tensor.wide
-    known = ggml.TYPES[kind]
-    if known.dtype is not None:
-        return tensor if tensor.dtype == known.dtype else ggml.cast(tensor, known.dtype)
-    row = (*tensor.shape[:-1], tensor.shape[-1] // known.size * known.nbytes)
-    return Tensor.lazy(tensor.name, np.uint8, row, lambda: ggml.quantize_q8_0(tensor.array()))
+    dtype = ggml.TYPES[kind].dtype
+    return tensor if dtype is None else cast(tensor, dtype)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -23,7 +23,7 @@ from fmodels.types import Params
 from fmodels.weights import ggml
 from fmodels.weights.methods import FLOATS, METHODS, Group, Options, Packed, packed_of
 from fmodels.weights.rules import Place, Rule
-from fmodels.weights.tensors import Tensor, aligned_empty, listing
+from fmodels.weights.tensors import Tensor, aligned_empty, computed, listing
 
 
 def join(tensors: Mapping[str, Tensor], options: Options | None) -> dict[str, Tensor]:
@@ -102,10 +102,7 @@ def _of_blocks(name: str, tensor: Tensor) -> Packed | None:
 
 def expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with the arrays that quantised weights stand for."""
-    return {
-        name: Tensor.lazy(name, tensor.dtype, tensor.shape, tensor.array) if isinstance(tensor, Packed) else tensor
-        for name, tensor in tensors.items()
-    }
+    return {name: computed(tensor) if isinstance(tensor, Packed) else tensor for name, tensor in tensors.items()}
 
 
 def is_even(members: Sequence[Tensor]) -> bool:
