@@ -454,7 +454,7 @@ def save(
     *,
     format: str = "safetensors",
     dtype: Any = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
 ) -> None:
     """Saves a checkpoint that transformers loads: config.json, generation_config.json and the weights.
@@ -469,7 +469,7 @@ def save(
         format: a key of `fm.FORMATS` that can be written: `"safetensors"`, `"torch"` for `pytorch_model.bin`, ….
         dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`: the matrices that
             llama.cpp's converter quantises, where rows are a multiple of 32 numbers.
-        max_shard_size: bytes, or text such as `"5GB"`.
+        max_shard_size: bytes of a file, or text such as `"5GB"`; None for 5GB, and for one file of GGUF.
         variant: as in `model.<variant>.safetensors`.
 
     Raises:

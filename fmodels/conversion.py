@@ -77,7 +77,7 @@ def convert(
     dtype: Any = None,
     task: str | None = None,
     dequantize: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
     verify: bool = True,
     **hub_options: Any,
@@ -96,7 +96,7 @@ def convert(
         dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`, as in `save`.
         task: keep the head of this task only.
         dequantize: write the arrays that quantised weights stand for; else they are written as they are.
-        max_shard_size: bytes, or text such as `"5GB"`.
+        max_shard_size: bytes of a file, or text such as `"5GB"`; None for 5GB, and for one file of GGUF.
         variant: of the source, as in `load`.
         verify: read the new files again and compare the SHA-256 of every tensor with the source's.
         hub_options: `revision`, `token`, … as in `load`.

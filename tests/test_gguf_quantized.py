@@ -184,3 +184,47 @@ def test_routers_and_positions_are_wide(rows, tmp_path):
         np.array_equal(leaf, again[at]) and leaf.dtype == again[at].dtype
         for at, leaf in fm.tree.flatten(params).items()
     )
+
+
+def test_parts(rows, tmp_path):
+    """Split as llama.cpp's `gguf-split` and gguf-py split, only if it is asked for; read whole; another save leaves nothing."""
+    loaded, _ = rows("llama", "q8_0")
+    fm.save(loaded.params, loaded.config, tmp_path / "one", format="gguf", dtype="q8_0")
+    whole = contents(tmp_path / "one" / "model.gguf")
+    largest = sum(len(raw) for _, raw in whole.values()) // 3
+    ours = tmp_path / "ours"
+    fm.save(loaded.params, loaded.config, ours, format="gguf", dtype="q8_0", max_shard_size=largest)
+    names = sorted(path.name for path in ours.glob("*.gguf"))
+    assert names == [f"model-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)]
+
+    writer = gguf.GGUFWriter(tmp_path / "theirs" / "model.gguf", "llama", split_max_tensors=6)
+    for n, (kind, raw) in whole.items():
+        writer.add_tensor(n, np.frombuffer(raw, np.uint8).reshape(1, -1), raw_dtype=kind)
+    (tmp_path / "theirs").mkdir()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = [gguf.GGUFReader(path) for path in sorted((tmp_path / "theirs").iterdir())]
+    own = [gguf.GGUFReader(ours / name) for name in names]
+    assert len(theirs) == 4
+    for one, other in zip(own, theirs, strict=True):
+        for key in ("split.no", "split.count", "split.tensors.count"):
+            assert one.fields[key].types == other.fields[key].types
+            assert one.fields[key].contents() == other.fields[key].contents()
+        assert sum(tensor.n_bytes for tensor in one.tensors) <= largest
+    assert own[0].fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert "llama.block_count" not in own[1].fields
+    assert {n: raw for name in names for n, raw in contents(ours / name).items()} == whole
+
+    for source in (ours, ours / names[2]):
+        params, config = fm.load(source, dequantize=False)
+        fm.save(params, config, tmp_path / "back", format="gguf")
+        assert contents(tmp_path / "back" / "model.gguf") == whole
+    done = fm.convert(ours, tmp_path / "two", format="gguf", max_shard_size=2 * largest)
+    assert len(list((tmp_path / "two").glob("model-0000?-of-00002.gguf"))) == 2
+    assert done.sha256 == fm.convert(tmp_path / "one", tmp_path / "again", format="gguf").sha256
+    (ours / "mine.gguf").write_bytes(b"")  # which is not ours, and does not come between
+    assert fm.load(ours)[1] == loaded.config
+    fm.save(loaded.params, loaded.config, ours, format="gguf", max_shard_size="1GB")
+    assert sorted(path.name for path in ours.glob("*.gguf")) == ["mine.gguf", "model.gguf"]

@@ -280,4 +280,6 @@ def _dest(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="safetensors, torch, flax, tf, gguf, npz, orbax (default: %(default)s)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 5GB (the default, but for gguf)"
+    )

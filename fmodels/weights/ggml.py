@@ -115,6 +115,11 @@ class Blocks(Tensor):
     type: str = ""
     packed: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return super().nbytes if self.packed is None else self.packed.nbytes
+
     @classmethod
     def of(cls, name: str, kind: str, packed: Tensor) -> Blocks:
         """The tensor with these bytes."""

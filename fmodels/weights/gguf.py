@@ -13,7 +13,7 @@ Source: docs/gguf.md of ggml and gguf-py of llama.cpp; the checks are those of l
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -106,20 +106,49 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
     header, tensors, metadata = _read(path)
     count = metadata.get("split.count", 0)
     if not isinstance(count, np.integer) or count < 2:
-        return tensors, metadata
-    named = PART.fullmatch(Path(path).name)
-    if named is None or int(named[2]) != count:
+        return tensors, _whole(metadata)
+    names = parts(Path(path).name)
+    if len(names) != count:
         header.refuse(f"it is one of {count} parts", f"give it back its name, which ends in -00001-of-{count:05d}.gguf")
-        raise AssertionError
-    parts = [_read(Path(path).with_name(f"{named[1]}-{i:05d}-of-{count:05d}.gguf")) for i in range(1, int(count) + 1)]
+    read_parts = [_read(Path(path).with_name(name)) for name in names]
     joined: dict[str, Tensor] = {}
-    for number, (one, found, said) in enumerate(parts):
+    for number, (one, found, said) in enumerate(read_parts):
         if said.get("split.no") != number or said.get("split.count") != count:
             one.refuse(f"expected part {number} of {count}, counted from 0, got {brief(said.get('split.no'))}")
         if twice := joined.keys() & found.keys():
             one.refuse(f"tensor {brief(min(twice))} is in another part, too")
         joined |= found
-    return joined, {key: value for key, value in parts[0][2].items() if not key.startswith("split.")}
+    return joined, _whole(read_parts[0][2])
+
+
+def _whole(metadata: Metadata) -> Metadata:
+    """The metadata without what is said of parts."""
+    return {key: value for key, value in metadata.items() if not key.startswith("split.")}
+
+
+def parts(name: str) -> list[str]:
+    """The names of all files of which this is one.
+
+    Example:
+        >>> parts("x-00001-of-00002.gguf"), parts("x.gguf")
+        (['x-00001-of-00002.gguf', 'x-00002-of-00002.gguf'], ['x.gguf'])
+    """
+    named = PART.fullmatch(name)
+    if named is None:
+        return [name]
+    return [f"{named[1]}-{number:05d}-of-{named[2]}.gguf" for number in range(1, int(named[2]) + 1)]
+
+
+def of_part(metadata: Metadata, number: int, shards: Sequence[Mapping[str, Tensor]]) -> Metadata:
+    """The metadata of one of several files, counted from 0: the first has those of the model.
+
+    Source: src/llama-model-loader.cpp of llama.cpp, and `GGUFWriter.add_shard_kv_data` of gguf-py.
+    """
+    everything = {name: tensor for shard in shards for name, tensor in shard.items()}
+    kept = {**metadata, **_file_type(everything)} if number == 0 else {}
+    alignment = {key: metadata[key] for key in ("general.alignment",) if key in metadata}
+    split = {"no": np.uint16(number), "count": np.uint16(len(shards)), "tensors.count": np.int32(len(everything))}
+    return {**kept, **alignment, **{f"split.{key}": value for key, value in split.items()}}
 
 
 def _read(path: str | os.PathLike[str]) -> tuple["_Header", dict[str, Tensor], Metadata]:
@@ -343,12 +372,8 @@ def write(
     if problems:
         raise ValueError(f"write: {len(problems)} tensors cannot be in a GGUF file: {listing(problems, sep='; ')}")
     kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
-    most = dict.fromkeys(kinds.values(), 0)
-    for name, kind in kinds.items():
-        most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
-    main = type or max(most, key=lambda kind: most[kind], default="f32")
-    if main in FILE_TYPES:
-        metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
+    if "split.count" not in metadata:  # else that of all parts is in the first
+        metadata |= _file_type(tensors, type)
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):
         metadata.setdefault("general.quantization_version", np.uint32(2))
     for key, dtype in NARROW.items():
@@ -377,6 +402,16 @@ def write(
             out.write(bytes(_padded(stored.nbytes, alignment) - stored.nbytes))
             if advance is not None:
                 advance(given[name].nbytes)
+
+
+def _file_type(tensors: Mapping[str, Tensor], type: str | None = None) -> Metadata:
+    """The type that most numbers have where llama.cpp does not want float32, as metadata, if there is a word for it."""
+    most: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        kind = _kind(name, tensor)
+        most[kind] = most.get(kind, 0) + (0 if is_wide(name, tensor.shape) else tensor.size)
+    main = type or max(most, key=lambda kind: most[kind], default="f32")
+    return {"general.file_type": np.uint32(FILE_TYPES[main])} if main in FILE_TYPES else {}
 
 
 def of_type(tensors: Mapping[str, Tensor], type: str) -> dict[str, Tensor]:
@@ -432,7 +467,7 @@ def _kind(name: str, tensor: Tensor) -> str:
         return tensor.type
     if is_floating(tensor.dtype) and is_wide(name, tensor.shape):
         return "f64" if tensor.dtype == np.float64 else "f32"
-    return ggml.BY_DTYPE[tensor.dtype]
+    return ggml.BY_DTYPE.get(tensor.dtype, "")
 
 
 def _stored(tensor: Tensor, kind: str) -> Tensor:
