@@ -71,7 +71,7 @@ def open_checkpoint(
     try:
         raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
     except FileNotFoundError as error:
-        if (_folder_of(path) / "config.json").exists():
+        if (folder_of(path) / "config.json").exists():
             raise
         raise FileNotFoundError(f"load: no config.json in {str(path)!r}, and no weights: {error}") from None
     config = _config(path, metadata, raw, task)
@@ -88,7 +88,7 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
         OSError: there is no config.json.
     """
     path = hub.resolve(source, **hub_options)
-    if (_folder_of(path) / "config.json").exists():
+    if (folder_of(path) / "config.json").exists():
         return _config(path, {}, {}, task)
     try:
         tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
@@ -97,13 +97,13 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     return _config(path, metadata, tensors, task)
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
     """Where config.json lies: in a folder, or beside a file of weights."""
     return path if path.is_dir() and not is_alone(path) else path.parent
 
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], task: str | None) -> Config:
-    folder = _folder_of(path)
+    folder = folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
         if (config := dialects.config_of(metadata, tensors, task=task)) is not None:
@@ -460,7 +460,8 @@ def save(
     """Saves a checkpoint that transformers loads: config.json, generation_config.json and the weights.
 
     All or nothing: whatever happens, the folder holds the whole old checkpoint or the whole new one. Files that `save`
-    did not make (the tokenizer, a README) stay; shards of an older save go.
+    did not make (the tokenizer, a README) stay; shards of an older save go. A GGUF file gets the tokenizer of a tokenizer.json
+    that is there.
 
     Args:
         params: the tree, stacked or a tuple of layers.
@@ -502,7 +503,7 @@ def save(
     if numbers is not None:
         tensors = {name: cast(tensor, numbers) for name, tensor in tensors.items()}
     said = np.dtype(params["embed"]["tokens"].dtype if numbers is None else numbers).name
-    tensors, metadata, files = as_written(tensors, config, said, format)
+    tensors, metadata, files = as_written(tensors, config, said, format, Path(folder))
     if type is not None:
         tensors = FORMATS[format].of_type(tensors, type)
     write_folder(
@@ -511,7 +512,12 @@ def save(
 
 
 def as_written(
-    tensors: Mapping[str, Tensor], config: Config, dtype: str, format: str, metadata: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    dtype: str,
+    format: str,
+    folder: Path,
+    metadata: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
     """What the files of a checkpoint in some format hold: tensors under its names, metadata, and the JSON files beside.
 
@@ -520,13 +526,14 @@ def as_written(
         config: of the model.
         dtype: what config.json says.
         format: a key of `FORMATS`.
+        folder: of the tokenizer, for formats whose files hold it.
         metadata: more of them than follows from the config.
     """
     files = {"config.json": _json({**config.to_hf(), "dtype": dtype})}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    metadata = dialects.metadata_of(config, names, metadata)
+    metadata = dialects.metadata_of(config, names, metadata, folder)
     return dialects.write(tensors, config, names), metadata, files
 
 

@@ -134,7 +134,9 @@ def convert(
     config = config if quantized else dataclasses.replace(config, quantization=None)
     wanted = tensors if numbers is None else {name: cast(tensor, numbers) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
-    written, metadata, files = checkpoint.as_written(wanted, config, _dtype_name(wanted), format, kept)
+    written, metadata, files = checkpoint.as_written(
+        wanted, config, _dtype_name(wanted), format, checkpoint.folder_of(opened.path), kept
+    )
     count = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
     if type is not None:
         before, written = written, FORMATS[format].of_type(written, type)
