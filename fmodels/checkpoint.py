@@ -27,9 +27,9 @@ from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
-from fmodels.weights.formats import check_format, is_alone
+from fmodels.weights.formats import check_dtype, check_format, dtype_and_type, is_alone
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import READERS, aligned_empty, as_bytes, cast, is_floating
+from fmodels.weights.tensors import READERS, aligned_empty, as_bytes, cast
 
 ALIGNMENT = 64
 Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
@@ -245,33 +245,6 @@ def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and as_bytes(a) == as_bytes(b)
-
-
-def check_dtype(verb: str, dtype: Any) -> np.dtype | None:
-    """The dtype, or a ValueError if it is no floating one; None stays."""
-    try:
-        found = None if dtype is None else np.dtype(dtype)
-    except TypeError:
-        found = np.dtype(object)
-    if found is not None and not is_floating(found):
-        raise ValueError(f"{verb}: expected a floating dtype such as 'bfloat16', got {dtype!r}")
-    return found
-
-
-def dtype_and_type(verb: str, dtype: Any, format: str) -> tuple[np.dtype | None, str | None]:
-    """What to cast floating tensors to, and the type that `Format.of_type` is to give those of the file; None to leave them.
-
-    Raises:
-        ValueError: no floating dtype, nor a type of the format.
-    """
-    name = dtype if isinstance(dtype, str) else None
-    owner = next((one for one, kind in FORMATS.items() if name in kind.types.values()), None)
-    if owner not in (None, format):
-        raise ValueError(f"{verb}: {dtype!r} is a type of format {owner!r}, which {format!r} does not have")
-    if owner is not None:
-        return None, name
-    found = check_dtype(verb, dtype)
-    return found, None if found is None else FORMATS[format].types.get(found.name)
 
 
 def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: Any) -> None:

@@ -25,7 +25,7 @@ from fmodels.layout import Plan
 from fmodels.models import Config
 from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
-from fmodels.weights.formats import check_format
+from fmodels.weights.formats import check_format, dtype_and_type
 from fmodels.weights.quantized import expanded
 from fmodels.weights.tensors import cast
 
@@ -116,7 +116,7 @@ def convert(
         (38, 0, ())
     """
     check_format(format, verb="convert")
-    numbers, type = checkpoint.dtype_and_type("convert", dtype, format)
+    numbers, type = dtype_and_type("convert", dtype, format)
     opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
     config, planned = checkpoint.plan(opened)
     tensors, left_out = _renamed(opened.tensors, planned, config)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmodels.weights import safetensors
-from fmodels.weights.tensors import Tensor, is_lfs_pointer, lfs_error, listing
+from fmodels.weights.tensors import Tensor, is_floating, is_lfs_pointer, lfs_error, listing
 
 Tensors = dict[str, Tensor]
 Metadata = dict[str, Any]
@@ -191,6 +193,33 @@ def check_format(format: str | None, *, verb: str = "read") -> None:
     """Raises a ValueError for a name that is not in `FORMATS`."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"{verb}: format {format!r} is not known; use one of {', '.join(FORMATS)}")
+
+
+def check_dtype(verb: str, dtype: Any) -> np.dtype | None:
+    """The dtype, or a ValueError if it is no floating one; None stays."""
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if found is not None and not is_floating(found):
+        raise ValueError(f"{verb}: expected a floating dtype such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def dtype_and_type(verb: str, dtype: Any, format: str) -> tuple[np.dtype | None, str | None]:
+    """What to cast floating tensors to, and the type that `Format.of_type` is to give those of the file; None to leave them.
+
+    Raises:
+        ValueError: no floating dtype, nor a type of the format.
+    """
+    name = dtype if isinstance(dtype, str) else None
+    owner = next((one for one, kind in FORMATS.items() if name in kind.types.values()), None)
+    if owner not in (None, format):
+        raise ValueError(f"{verb}: {dtype!r} is a type of format {owner!r}, which {format!r} does not have")
+    if owner is not None:
+        return None, name
+    found = check_dtype(verb, dtype)
+    return found, None if found is None else FORMATS[format].types.get(found.name)
 
 
 def candidates(variant: str | None = None, format: str | None = None) -> list[str]:
