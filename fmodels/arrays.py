@@ -241,6 +241,7 @@ class Codec:
         as_bytes: parts that are kept as uint8, and their dtype on disk. XLA's CPU backend has no 8-bit floats: where a scan
             has an array of them, it makes 16 bits of all layers.
         padded: parts of bytes that zeros behind them make equally long in all layers.
+        dialect: of the files that have such parts: a key of `fmodels.dialects`.
     """
 
     main: ClassVar[tuple[str, int]]
@@ -249,6 +250,7 @@ class Codec:
     derived: ClassVar[frozenset[str]] = frozenset()
     as_bytes: ClassVar[Mapping[str, str]] = {}
     padded: ClassVar[frozenset[str]] = frozenset()
+    dialect: ClassVar[str] = "pt"
 
     def decode(self, parts: Mapping[str, Array]) -> Array:
         """The matrix `(… out in)`, float32."""

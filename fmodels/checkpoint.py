@@ -27,9 +27,9 @@ from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, rules, write_folder
-from fmodels.weights.formats import check_format, is_alone
+from fmodels.weights.formats import check_dtype, check_format, dtype_and_type, is_alone
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import READERS, aligned_empty, as_bytes
+from fmodels.weights.tensors import READERS, aligned_empty, as_bytes, cast
 
 ALIGNMENT = 64
 Kinds = dict[rules.Rule, list[tuple[Tensor, Place]]]
@@ -71,7 +71,7 @@ def open_checkpoint(
     try:
         raw, metadata = read_folder(path, variant=variant, format=format) if folder else read_file(path, format)
     except FileNotFoundError as error:
-        if (_folder_of(path) / "config.json").exists():
+        if (folder_of(path) / "config.json").exists():
             raise
         raise FileNotFoundError(f"load: no config.json in {str(path)!r}, and no weights: {error}") from None
     config = _config(path, metadata, raw, task)
@@ -88,7 +88,7 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
         OSError: there is no config.json.
     """
     path = hub.resolve(source, **hub_options)
-    if (_folder_of(path) / "config.json").exists():
+    if (folder_of(path) / "config.json").exists():
         return _config(path, {}, {}, task)
     try:
         tensors, metadata = read_folder(path) if path.is_dir() else read_file(path)
@@ -97,13 +97,13 @@ def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hu
     return _config(path, metadata, tensors, task)
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
     """Where config.json lies: in a folder, or beside a file of weights."""
     return path if path.is_dir() and not is_alone(path) else path.parent
 
 
 def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], task: str | None) -> Config:
-    folder = _folder_of(path)
+    folder = folder_of(path)
     data = _read_json(folder / "config.json")
     if data is None:
         if (config := dialects.config_of(metadata, tensors, task=task)) is not None:
@@ -146,6 +146,7 @@ def load(
     layers: str = "stacked",
     sharding: Any = None,
     key: Key | None = None,
+    dequantize: bool | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
@@ -165,6 +166,9 @@ def load(
             are memory-mapped without a copy. Unevenly pruned checkpoints are always a tuple.
         sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them.
         key: random key for a new head.
+        dequantize: whether quantised weights become the arrays that they stand for. If False they are leaves that are
+            expanded where they are used and are saved as they are: those of a quantised checkpoint, and q8_0 and q4_0 of a
+            GGUF file. None: GGUF files are dequantised, others are not. `fm.dequantize` does it later.
         revision: branch, tag or commit on the Hub.
         subfolder: of the source.
         variant: as in `model.<variant>.safetensors`, or a part of the name of a GGUF file.
@@ -189,11 +193,16 @@ def load(
         ('llama', 'causal-lm', 'bfloat16')
     """
     stacked = layout.check_layers(layers)
-    _check_dtype(dtype)
+    check_dtype("load", dtype)
     opened = open_checkpoint(
         source, task=task, variant=variant, format=format, revision=revision, subfolder=subfolder, cache_dir=cache_dir,
         token=token, local_files_only=local_files_only,
     )  # fmt: skip
+    if dequantize:
+        config = dataclasses.replace(opened.config, quantization=None)
+        opened = opened._replace(config=config, tensors=quantized.expanded(opened.tensors))
+    elif dequantize is not None:
+        opened = opened._replace(tensors=quantized.kept(opened.tensors))
     tensors = opened.tensors
     config, planned = plan(opened, new_head=task is not None and key is not None)
     _check_dtypes(planned, tensors, dtype)
@@ -236,15 +245,6 @@ def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and as_bytes(a) == as_bytes(b)
-
-
-def _check_dtype(dtype: Any) -> None:
-    try:
-        floating = dtype is None or jnp.issubdtype(np.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"load: expected a floating dtype such as 'bfloat16', got {dtype!r}")
 
 
 def _check_dtypes(planned: layout.Plan, tensors: Mapping[str, Tensor], dtype: Any) -> None:
@@ -426,20 +426,24 @@ def save(
     folder: str | os.PathLike[str],
     *,
     format: str = "safetensors",
-    max_shard_size: int | str = "5GB",
+    dtype: Any = None,
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
 ) -> None:
     """Saves a checkpoint that transformers loads: config.json, generation_config.json and the weights.
 
     All or nothing: whatever happens, the folder holds the whole old checkpoint or the whole new one. Files that `save`
-    did not make (the tokenizer, a README) stay; shards of an older save go.
+    did not make (the tokenizer, a README) stay; shards of an older save go. A GGUF file gets the tokenizer of a tokenizer.json
+    that is there.
 
     Args:
         params: the tree, stacked or a tuple of layers.
         config: its config.
         folder: made if it is not there.
         format: a key of `fm.FORMATS` that can be written: `"safetensors"`, `"torch"` for `pytorch_model.bin`, ….
-        max_shard_size: bytes, or text such as `"5GB"`.
+        dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`: the matrices that
+            llama.cpp's converter quantises, where rows are a multiple of 32 numbers.
+        max_shard_size: bytes of a file, or text such as `"5GB"`; None for 5GB, and for one file of GGUF.
         variant: as in `model.<variant>.safetensors`.
 
     Raises:
@@ -457,22 +461,36 @@ def save(
     """
     check_format(format, verb="save")
     check(params, config)
-    if not quantized.has(params):
+    needed = quantized.dialects_of(params)
+    if "pt" not in needed:
         config = dataclasses.replace(config, quantization=None)
-    elif config.quantization is None or FORMATS[format].dialect != "pt":
+    if needed - {FORMATS[format].dialect} or ("pt" in needed and config.quantization is None):
         raise ValueError(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
-            'save with the config that load gave, as "safetensors", or dequantize first'
+            f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or dequantize first'
         )
-    dtype = np.dtype(params["embed"]["tokens"].dtype).name
-    tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)
+    numbers, type = dtype_and_type("save", dtype, format)
+    if "pt" in needed and numbers is not None:
+        raise ValueError(f"save: the tree has quantised leaves, which have no dtype {dtype!r}; dequantize first")
+    tensors = disk_tensors(params, config)
+    if numbers is not None:
+        tensors = {name: cast(tensor, numbers) for name, tensor in tensors.items()}
+    said = np.dtype(params["embed"]["tokens"].dtype if numbers is None else numbers).name
+    tensors, metadata, files = as_written(tensors, config, said, format, Path(folder))
+    if type is not None:
+        tensors = FORMATS[format].of_type(tensors, type)
     write_folder(
         folder, tensors, format=format, max_shard_size=max_shard_size, variant=variant, metadata=metadata, files=files
     )
 
 
 def as_written(
-    tensors: Mapping[str, Tensor], config: Config, dtype: str, format: str, metadata: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    dtype: str,
+    format: str,
+    folder: Path,
+    metadata: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, bytes]]:
     """What the files of a checkpoint in some format hold: tensors under its names, metadata, and the JSON files beside.
 
@@ -481,13 +499,14 @@ def as_written(
         config: of the model.
         dtype: what config.json says.
         format: a key of `FORMATS`.
+        folder: of the tokenizer, for formats whose files hold it.
         metadata: more of them than follows from the config.
     """
     files = {"config.json": _json({**config.to_hf(), "dtype": dtype})}
     if config.generation is not None and config.task in schema.LM_TASKS:
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
-    metadata = dialects.metadata_of(config, names, metadata)
+    metadata = dialects.metadata_of(config, names, metadata, folder)
     return dialects.write(tensors, config, names), metadata, files
 
 

@@ -124,6 +124,37 @@ class Mxfp4(Codec):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ggml(Codec):
+    """Blocks of 32 numbers of a row, each a float16 to multiply them with and then their bytes.
+
+    Attributes:
+        type: `"q8_0"` for numbers of a signed byte; `"q4_0"` for four bits less 8, the first half of them in the low ones.
+
+    Source: ggml/src/ggml-quants.c of llama.cpp; matches gguf-py's `dequantize`.
+    """
+
+    type: str
+
+    main: ClassVar[tuple[str, int]] = ("blocks", 3)
+    order: ClassVar[tuple[int, int] | None] = (-3, -2)
+    dialect: ClassVar[str] = "gguf"
+    TYPES: ClassVar[tuple[str, ...]] = ("q8_0", "q4_0")
+
+    def decode(self, parts: Parts) -> Array:
+        blocks = parts["blocks"]
+        scale = jax.lax.bitcast_convert_type(blocks[..., :2], jnp.float16).astype(jnp.float32)
+        codes = blocks[..., 2:]
+        if self.type == "q8_0":
+            numbers = jax.lax.bitcast_convert_type(codes, jnp.int8)
+        else:
+            numbers = jnp.concatenate([codes & 15, codes >> 4], axis=-1).astype(jnp.int8) - 8
+        return (numbers.astype(jnp.float32) * scale[..., None]).reshape(*blocks.shape[:-2], -1)
+
+    def rows(self, parts: Parts, pick: Pick) -> dict[str, Array]:
+        return {"blocks": pick(parts["blocks"], -3)}
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedBlocks(Blocks):
     """As `Blocks`, the numbers of few bits in a row of int32, the lowest bits first; they are minus half of their range.
 

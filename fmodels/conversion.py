@@ -19,14 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 from fmodels import checkpoint, dialects
-from fmodels.bytewise import canonical_names, count_not_finite
+from fmodels.bytewise import canonical_names
 from fmodels.dialects import tree as tree_dialect
 from fmodels.layout import Plan
 from fmodels.models import Config
 from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
-from fmodels.weights.formats import check_format
-from fmodels.weights.methods import Packed
+from fmodels.weights.formats import check_format, dtype_and_type
+from fmodels.weights.quantized import expanded
+from fmodels.weights.tensors import cast
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -76,7 +77,7 @@ def convert(
     dtype: Any = None,
     task: str | None = None,
     dequantize: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
     verify: bool = True,
     **hub_options: Any,
@@ -92,10 +93,10 @@ def convert(
         folder: where to: a new or empty folder.
         format: a key of `fm.FORMATS`.
         from_format: which of several formats in the source.
-        dtype: floating tensors are cast to it; None keeps what they are.
+        dtype: floating tensors are cast to it; None keeps what they are. `"q8_0"` for format `"gguf"`, as in `save`.
         task: keep the head of this task only.
         dequantize: write the arrays that quantised weights stand for; else they are written as they are.
-        max_shard_size: bytes, or text such as `"5GB"`.
+        max_shard_size: bytes of a file, or text such as `"5GB"`; None for 5GB, and for one file of GGUF.
         variant: of the source, as in `load`.
         verify: read the new files again and compare the SHA-256 of every tensor with the source's.
         hub_options: `revision`, `token`, … as in `load`.
@@ -115,7 +116,7 @@ def convert(
         (38, 0, ())
     """
     check_format(format, verb="convert")
-    dtype = None if dtype is None else check_dtype(dtype)
+    numbers, type = dtype_and_type("convert", dtype, format)
     opened = checkpoint.open_checkpoint(source, task=task, variant=variant, format=from_format, **hub_options)
     config, planned = checkpoint.plan(opened)
     tensors, left_out = _renamed(opened.tensors, planned, config)
@@ -129,11 +130,18 @@ def convert(
         other = opened.tensors.keys() - planned.tensors.keys()
         tensors = {name: tensor for name, tensor in opened.raw.items() if name not in other}
     else:
-        tensors = _arrays(tensors)
+        tensors = expanded(tensors)
     config = config if quantized else dataclasses.replace(config, quantization=None)
-    wanted = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+    wanted = tensors if numbers is None else {name: cast(tensor, numbers) for name, tensor in tensors.items()}
     kept = opened.metadata if dialects.has_own_metadata(opened.metadata["format"], FORMATS[format].dialect) else None
-    written, metadata, files = checkpoint.as_written(wanted, config, _dtype_name(wanted), format, kept)
+    written, metadata, files = checkpoint.as_written(
+        wanted, config, _dtype_name(wanted), format, checkpoint.folder_of(opened.path), kept
+    )
+    count = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
+    if type is not None:
+        before, written = written, FORMATS[format].of_type(written, type)
+        wanted = dialects.read(written, config, FORMATS[format].dialect)
+        count += sum(tensor is not before[name] for name, tensor in written.items())
     release = {t.file for t in opened.raw.values() if t.file is not None}
 
     def advance(count: int) -> None:
@@ -154,21 +162,9 @@ def convert(
         own = opened.path if opened.path.is_dir() else None
         copied = () if own is None else tuple(copy_others(own, stage))
         digest = _verify(wanted, stage, release, quantized=quantized) if verify else None
-    cast = sum(tensor.dtype != wanted[name].dtype for name, tensor in tensors.items())
     return Conversion(
-        str(source), str(folder), format, len(written), _total(written), digest, cast, left_out, copied, resumed
+        str(source), str(folder), format, len(written), _total(written), digest, count, left_out, copied, resumed
     )
-
-
-def check_dtype(dtype: Any) -> np.dtype:
-    """The dtype, or a ValueError if it is no floating one."""
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"convert: {dtype!r} is not a floating dtype; use one such as bfloat16, float16, float32")
-    return found
 
 
 def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -184,30 +180,6 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
         if name not in planned.tensors
     )
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the arrays that quantised weights stand for."""
-    return {
-        name: Tensor.lazy(name, tensor.dtype, tensor.shape, tensor.array) if isinstance(tensor, Packed) else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _cast(tensor: Tensor, dtype: np.dtype | None) -> Tensor:
-    if dtype is None or tensor.dtype == dtype or not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return tensor
-
-    def get() -> np.ndarray:
-        with np.errstate(over="ignore"):  # it is counted when the file is checked
-            array, cast = tensor.array(), tensor.array().astype(dtype)
-        if count_not_finite(cast) != count_not_finite(array):
-            raise ValueError(
-                f"convert: {tensor.name!r} has values that {dtype} cannot hold; use bfloat16, or keep the dtype"
-            )
-        return cast
-
-    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:

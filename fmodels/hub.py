@@ -237,7 +237,7 @@ def _download(
                 f"{prefix or 'its root'!r}, it has {shown}; convert it, or give another revision, subfolder or variant"
             )
         weights = found[1]
-        wanted = [weights]
+        wanted = FORMATS[found[0]].parts(weights)
         if FORMATS[found[0]].directory:
             wanted = [file.removeprefix(prefix) for file in files if file.startswith(f"{prefix}{weights}/")]
         elif weights.endswith(".json"):
@@ -285,8 +285,8 @@ def _cached(
     if found is None:
         return None
     path = folder / found[1]
-    shards = set(read_index(path).values()) if path.name.endswith(".json") else ()
-    return folder if all((folder / shard).is_file() for shard in shards) else None
+    shards = set(read_index(path).values()) if path.name.endswith(".json") else FORMATS[found[0]].parts(path.name)
+    return folder if all((folder / shard).exists() for shard in shards) else None
 
 
 def _is_id(name: str) -> bool:

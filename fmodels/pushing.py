@@ -26,7 +26,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str | None = None,
     format: str = "safetensors",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
     certificate: Certificate | None = None,
 ) -> str:

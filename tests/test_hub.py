@@ -120,6 +120,25 @@ def test_incomplete_cache(site, tmp_path):
         hub.resolve("me/model", local_files_only=True)
 
 
+def test_parts_of_gguf_are_fetched_together(site, tmp_path):
+    """And are asked for again where one is not in the cache."""
+    one = Tensor.lazy("x", np.float32, (4,), lambda: np.ones(4, np.float32))
+    write_folder(tmp_path / "made", {"a": one, "b": one, "c": one}, format="gguf", max_shard_size=16)
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    other = {"model-Q8_0-00001-of-00001.gguf": b"", "model-00001-of-00002.gguf.txt": b""}
+    site.repos["me/model"] = Repo(parts | other)
+    folder = hub.resolve("me/model")
+    assert names(folder) == sorted(parts) == [f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    assert list(read_folder(folder)[0]) == ["a", "b", "c"]
+    before = len(site.requests)
+    assert hub.resolve("me/model", local_files_only=True) == folder
+    assert len(site.requests) == before
+    os.unlink(folder / "model-00002-of-00003.gguf")
+    with pytest.raises(OSError, match=r"me/model.*not complete in the cache"):
+        hub.resolve("me/model", local_files_only=True)
+    assert hub.stale_patterns("gguf")[-2:] == ["model.gguf", "model-?????-of-?????.gguf"]
+
+
 def refusal(function, *args, **options):
     with pytest.raises(OSError, match="me/") as caught:
         function(*args, **options)

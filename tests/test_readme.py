@@ -102,7 +102,7 @@ def formats() -> str:
     rows = ["| format | files | read | write |", "|---|---|---|---|"]
     for name, kind in FORMATS.items():
         single = f"`{kind.single()}`" if kind.others is None else f"`*.{kind.suffix}`"
-        single += "/" if kind.directory else f", sharded with `{kind.index()}`" if kind.sharded else ""
+        single += "/" if kind.directory else f", sharded with `{kind.index()}`" if kind.sharded and kind.indexed else ""
         rows.append(f"| {name} | {single} | yes | {'yes' if kind.writable else 'no'} |")
     return "\n".join(rows)
 

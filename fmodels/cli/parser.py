@@ -150,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     _source(convert)
     _dest(convert)
     convert.add_argument(
-        "--dtype", metavar="NAME", help="cast floating weights, such as to bfloat16 (default: as they are)"
+        "--dtype",
+        metavar="NAME",
+        help="cast floating weights, such as to bfloat16, or to q8_0 with --to gguf (default: as they are)",
     )
     convert.add_argument("--task", help="keep the head of this task only (default: as config.json says)")
     convert.add_argument("--dequantize", action="store_true", help="write the arrays that quantised weights stand for")
@@ -278,4 +280,6 @@ def _dest(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="safetensors, torch, flax, tf, gguf, npz, orbax (default: %(default)s)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 5GB (the default, but for gguf)"
+    )

@@ -2,13 +2,14 @@
 
 A dialect is a module with `read(tensors, config)`, which gives the names and axes of PyTorch's files, and its inverse
 `write(tensors, config)`; both are lazy. One whose files say what model they hold has `config(metadata, tensors, *, task)` and
-`metadata(config, given)` as well.
+`metadata(config, given)` as well, and with the tokenizer in them `with_tokenizer(given, folder, config)`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fmodels.models import Config
@@ -67,9 +68,13 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, tas
     return module.config(metadata, tensors, task=task) if hasattr(module, "config") else None
 
 
-def metadata_of(config: Config, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The metadata of a file that holds a model with this config, and what `given` has beside."""
+def metadata_of(
+    config: Config, name: str, given: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    """The metadata of a file that holds a model with this config, and what `given` and the checkpoint's folder have beside."""
     module = _module(name)
+    if folder is not None and hasattr(module, "with_tokenizer"):
+        given = module.with_tokenizer(given or {}, folder, config)
     own = module.metadata(config, given) if hasattr(module, "metadata") else given or {}
     return {**own, "format": name}
 

@@ -16,7 +16,9 @@ Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,30 @@ from fmodels.dialects.gguf_config import config_from_gguf, metadata
 from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
+from fmodels.dialects.gguf_tokenizer import tokenizer_metadata
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
 from fmodels.weights.ggml import Blocks
 from fmodels.weights.rules import Place
-from fmodels.weights.tensors import listing
+from fmodels.weights.tensors import cast, listing
 
-__all__ = ["config", "config_from_gguf", "metadata", "read", "write"]
+__all__ = ["config", "config_from_gguf", "metadata", "read", "with_tokenizer", "write"]
+
+logger = logging.getLogger("fmodels")
+
+
+def with_tokenizer(given: Mapping[str, Any], folder: Path, config: Config) -> dict[str, Any]:
+    """The metadata of a file, with those of the folder's tokenizer.json if they have no tokenizer.
+
+    A tokenizer that llama.cpp has not, or that is not written yet, is left out with a warning that says why.
+    """
+    if "tokenizer.ggml.tokens" in given or not (folder / "tokenizer.json").is_file():
+        return dict(given)
+    try:
+        return {**tokenizer_metadata(folder, config.vocab_size), **given}
+    except ValueError as error:
+        logger.warning("write: the GGUF file has no tokenizer, as of tokenizer.json: %s", error)
+        return dict(given)
 
 
 def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -169,7 +188,7 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
         moved = Tensor.lazy(tensor.name, np.float32, shape, lambda: wide.array().astype(np.float32, copy=False) + step)
         if tensor.dtype == np.float32:
             return moved
-        return ggml.cast(moved, tensor.dtype) if back else ggml.Widened.of(moved, tensor.dtype)
+        return cast(moved, tensor.dtype) if back else ggml.Widened.of(moved, tensor.dtype)
     return tensor
 
 

@@ -293,7 +293,7 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
 
     Args:
         config: of a causal language model.
-        given: metadata of a GGUF file. Without a tokenizer in it, `tokenizer.ggml.model` is `"none"`.
+        given: metadata of a GGUF file, or of a tokenizer. Without a tokenizer in it, `tokenizer.ggml.model` is `"none"`.
 
     Raises:
         ValueError: llama.cpp would compute other numbers than the config says; all differences are listed.

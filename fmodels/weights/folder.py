@@ -127,7 +127,7 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     *,
     format: str = "safetensors",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     variant: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
@@ -146,7 +146,8 @@ def write_folder(
         folder: where to; made if missing.
         tensors: by name.
         format: a key of `FORMATS`.
-        max_shard_size: bytes of a file, or text such as "5GB" (10^9), "5GiB" (2^30); a larger tensor has its own file.
+        max_shard_size: bytes of a file, or text such as "5GB" (10^9), "5GiB" (2^30); a larger tensor has its own file. None
+            for the format's own: 5GB where an index lists the files, else one file.
         variant: writes `model.<variant>.safetensors` and so on.
         metadata: of the files; `{"format": …}`, which says whose names the tensors have, if None.
         files: more files by name, such as `config.json`.
@@ -177,8 +178,9 @@ def write_folder(
             _fill(stage, FORMATS[format], named, files, metadata, bar.update)
 
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
-    # What makes the folder a new checkpoint comes last: the only file, or the index.
-    order = [*named, *files] if len(named) > 1 else [*files, *named]
+    # What makes the folder a new checkpoint comes last: the index, or the file that stands for all.
+    indexed = len(named) > 1 and FORMATS[format].indexed
+    order = [*named, *files] if indexed else [*files, *reversed(named)]
     commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
 
 
@@ -187,7 +189,7 @@ def write_files(
     tensors: Mapping[str, Tensor],
     *,
     format: str,
-    max_shard_size: int | str,
+    max_shard_size: int | str | None,
     metadata: Mapping[str, Any],
     files: Mapping[str, bytes],
     advance: Callable[[int], object],
@@ -214,7 +216,7 @@ def write_files(
 def _arrange(
     tensors: Mapping[str, Tensor],
     kind: Format,
-    max_shard_size: int | str,
+    max_shard_size: int | str | None,
     variant: str | None,
     files: Mapping[str, bytes],
 ) -> tuple[dict[str, Tensors], dict[str, bytes]]:
@@ -226,12 +228,14 @@ def _arrange(
         raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
     if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:
         raise ValueError(f"write: files {wrong} are outside of the folder or weights; use names such as config.json")
-    limit = parse_size(max_shard_size)
-    shards = split(tensors, limit) if kind.sharded else [dict(tensors)]
+    size = kind.shard_size if max_shard_size is None else max_shard_size
+    limit = None if size is None else parse_size(size)
+    shards = split(tensors, limit) if kind.sharded and limit is not None else [dict(tensors)]
     if len(shards) == 1:
         return {kind.single(variant): shards[0]}, dict(files)
     names = [kind.shard(i + 1, len(shards), variant) for i in range(len(shards))]
-    return dict(zip(names, shards, strict=True)), {**files, kind.index(variant): _index(shards, names)}
+    index = {kind.index(variant): _index(shards, names)} if kind.indexed else {}
+    return dict(zip(names, shards, strict=True)), {**files, **index}
 
 
 def _fill(
@@ -245,12 +249,13 @@ def _fill(
     """Writes all of it; returns how many of the files of weights were there."""
     metadata = {"format": kind.dialect} if metadata is None else metadata
     there = 0
-    for name, shard in named.items():
+    for number, (name, shard) in enumerate(named.items()):
         if (stage / name).exists():
             there += 1
             advance(sum(tensor.nbytes for tensor in shard.values()))
         else:
-            kind.write(stage / name, shard, metadata, advance=advance)
+            said = kind.of_shard(dict(metadata), number, list(named.values())) if len(named) > 1 else metadata
+            kind.write(stage / name, shard, said, advance=advance)
     for name, content in files.items():
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(stage / name) as out:

@@ -6,13 +6,15 @@ import importlib
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fmodels.weights import safetensors
-from fmodels.weights.tensors import Tensor, is_lfs_pointer, lfs_error, listing
+from fmodels.weights.tensors import Tensor, is_floating, is_lfs_pointer, lfs_error, listing
 
 Tensors = dict[str, Tensor]
 Metadata = dict[str, Any]
@@ -31,7 +33,10 @@ class Format:
         others: regular expression of further names that such a file may have.
         writable: whether it can be written.
         sharded: whether it may be several files.
+        indexed: whether an index then says which tensor is in which; else the first of them stands for all.
+        shard_size: of what is written, if nothing else is asked for; None for one file.
         directory: whether it is a folder of files.
+        types: what a dtype's name asks `of_type(tensors, type)` of the module for, beyond a dtype: blocks, and their arrays.
     """
 
     module: str
@@ -41,7 +46,10 @@ class Format:
     others: str | None = None
     writable: bool = True
     sharded: bool = True
+    indexed: bool = True
+    shard_size: str | None = "5GB"
     directory: bool = False
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def read(self) -> Callable[..., tuple[Tensors, Metadata]]:
@@ -51,6 +59,10 @@ class Format:
     def write(self) -> Callable[..., None]:
         return self._module.write
 
+    def of_type(self, tensors: Tensors, type: str) -> Tensors:
+        """The tensors of a file with those that can be of the type in it; the others are the same objects."""
+        return self._module.of_type(tensors, type)
+
     @property
     def _module(self) -> Any:
         return importlib.import_module(f"fmodels.weights.{self.module}")
@@ -58,6 +70,14 @@ class Format:
     def in_shard(self, name: str) -> str:
         """How one of several files names the tensor that the index has under `name`."""
         return self._module.in_shard(name) if hasattr(self._module, "in_shard") else name
+
+    def of_shard(self, metadata: Metadata, number: int, shards: Sequence[Tensors]) -> Metadata:
+        """The metadata of one of several files, counted from 0."""
+        return self._module.of_part(metadata, number, shards) if hasattr(self._module, "of_part") else metadata
+
+    def parts(self, name: str) -> list[str]:
+        """The files that belong to the one that stands for all: itself, unless an index lists them."""
+        return self._module.parts(name) if hasattr(self._module, "parts") else [name]
 
     def single(self, variant: str | None = None) -> str:
         """The name of the file when there is one."""
@@ -73,20 +93,30 @@ class Format:
 
     def owns(self, name: str, variant: str | None = None) -> bool:
         """Whether a file of that name is weights of this format and variant, as `save` names them."""
-        shard = rf"{re.escape(self._stem(variant))}-\d{{5}}-of-\d{{5}}\.{self.suffix}"
-        if name == self.single(variant):
-            return True
-        return self.sharded and (name == self.index(variant) or re.fullmatch(shard, name) is not None)
+        return name in self.candidates(variant) or (self.sharded and self._is_shard(name, r"\d{5}", variant))
 
     def candidates(self, variant: str | None = None) -> list[str]:
         """The names to look for: the file, then the index."""
-        return [self.single(variant), *([self.index(variant)] if self.sharded else [])]
+        return [self.single(variant), *([self.index(variant)] if self.sharded and self.indexed else [])]
+
+    def find(self, names: Iterable[str], variant: str | None = None) -> str | None:
+        """The file, or the index or file that stands for several, as `save` names them."""
+        names = list(names)
+        found = [name for name in self.candidates(variant) if name in names]
+        first = [name for name in names if self._is_shard(name, "00001", variant)]
+        if self.sharded and not self.indexed and len(first) == 1:
+            found += first
+        return found[0] if found else None
 
     def matches(self, names: Iterable[str], variant: str | None = None) -> list[str]:
         """The files of `names` that have one of the further names; with a variant, those whose names hold it."""
         if self.others is None:
             return []
         return sorted(n for n in names if re.fullmatch(self.others, n) and (variant or "").lower() in n.lower())
+
+    def _is_shard(self, name: str, number: str, variant: str | None) -> bool:
+        pattern = rf"{re.escape(self._stem(variant))}-{number}-of-\d{{5}}\.{self.suffix}"
+        return re.fullmatch(pattern, name) is not None
 
     def _stem(self, variant: str | None) -> str:
         return self.stem + _dotted(variant)
@@ -98,7 +128,14 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
     "flax": Format("flax_msgpack", "flax_model", "msgpack", dialect="flax"),
     "tf": Format("tf_h5", "tf_model", "h5", dialect="tf"),
     "gguf": Format(
-        "gguf", "model", "gguf", dialect="gguf", others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf", sharded=False
+        "gguf",
+        "model",
+        "gguf",
+        dialect="gguf",
+        others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf",
+        indexed=False,
+        shard_size=None,
+        types={"q8_0": "q8_0", "float32": "f32"},
     ),
     "tf-checkpoint": Format(
         "tf_checkpoint",
@@ -138,7 +175,7 @@ def find_weights(names: Iterable[str], variant: str | None = None, format: str |
     check_format(format)
     kinds = {name: kind for name, kind in FORMATS.items() if format in (None, name)}
     for name, kind in kinds.items():
-        if (found := next((file for file in kind.candidates(variant) if file in names), None)) is not None:
+        if (found := kind.find(names, variant)) is not None:
             return name, found
     for name, kind in kinds.items():
         found = kind.matches(names, variant)
@@ -156,6 +193,33 @@ def check_format(format: str | None, *, verb: str = "read") -> None:
     """Raises a ValueError for a name that is not in `FORMATS`."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"{verb}: format {format!r} is not known; use one of {', '.join(FORMATS)}")
+
+
+def check_dtype(verb: str, dtype: Any) -> np.dtype | None:
+    """The dtype, or a ValueError if it is no floating one; None stays."""
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = np.dtype(object)
+    if found is not None and not is_floating(found):
+        raise ValueError(f"{verb}: expected a floating dtype such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def dtype_and_type(verb: str, dtype: Any, format: str) -> tuple[np.dtype | None, str | None]:
+    """What to cast floating tensors to, and the type that `Format.of_type` is to give those of the file; None to leave them.
+
+    Raises:
+        ValueError: no floating dtype, nor a type of the format.
+    """
+    name = dtype if isinstance(dtype, str) else None
+    owner = next((one for one, kind in FORMATS.items() if name in kind.types.values()), None)
+    if owner not in (None, format):
+        raise ValueError(f"{verb}: {dtype!r} is a type of format {owner!r}, which {format!r} does not have")
+    if owner is not None:
+        return None, name
+    found = check_dtype(verb, dtype)
+    return found, None if found is None else FORMATS[format].types.get(found.name)
 
 
 def candidates(variant: str | None = None, format: str | None = None) -> list[str]:

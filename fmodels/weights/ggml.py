@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from fmodels.weights.tensors import Tensor
+from fmodels.weights.tensors import Tensor, cast
 
 
 class Type(NamedTuple):
@@ -115,6 +115,11 @@ class Blocks(Tensor):
     type: str = ""
     packed: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return super().nbytes if self.packed is None else self.packed.nbytes
+
     @classmethod
     def of(cls, name: str, kind: str, packed: Tensor) -> Blocks:
         """The tensor with these bytes."""
@@ -139,20 +144,6 @@ class Widened(Tensor):
     def of(cls, wide: Tensor, dtype: np.dtype) -> Widened:
         """The tensor with these numbers."""
         return cls(wide.name, dtype, wide.shape, cast(wide, dtype).get, wide=wide)
-
-
-def cast(tensor: Tensor, dtype: np.dtype) -> Tensor:
-    """The tensor in another floating dtype; its array is a ValueError where that cannot hold its numbers."""
-
-    def get() -> np.ndarray:
-        array = tensor.array()
-        with np.errstate(over="ignore", invalid="ignore"):
-            found = array.astype(dtype)
-        if (np.isinf(found.astype(np.float32)) & np.isfinite(array.astype(np.float32))).any():
-            raise ValueError(f"array: tensor {tensor.name!r} has values that {dtype} cannot hold; use bf16 or f32")
-        return found
-
-    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
 
 
 def part(tensor: Tensor, index: int) -> Tensor:

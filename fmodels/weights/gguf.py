@@ -4,8 +4,8 @@ Metadata are a dict in the file's order, typed by numpy: scalars (`np.uint32`, `
 `np.ndarray`, as `list` where they are of text, as `tuple` where they are of arrays. So what was read is written back as it was.
 Tensors of quantised types are `Blocks`: their array is dequantised, and `write` copies their bytes.
 
-llama.cpp computes with one-dimensional tensors and with norms in float32 and wants them so; `write` widens them, and notes
-in the metadata `fmodels.float16` and `fmodels.bfloat16` what `read` has to make narrow again.
+llama.cpp computes with one-dimensional tensors, norms, routers and positions in float32 and wants them so; `write` widens
+them, and notes in the metadata `fmodels.float16` and `fmodels.bfloat16` what `read` has to make narrow again.
 
 Source: docs/gguf.md of ggml and gguf-py of llama.cpp; the checks are those of llama.cpp's gguf.cpp, and more.
 """
@@ -13,7 +13,7 @@ Source: docs/gguf.md of ggml and gguf-py of llama.cpp; the checks are those of l
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,9 @@ from fmodels.weights.tensors import (
     File,
     Tensor,
     brief,
+    cast,
+    computed,
+    is_floating,
     is_lfs_pointer,
     lfs_error,
     listing,
@@ -63,7 +66,15 @@ MAX_ITEMS = 2**22  # of all arrays of text and of arrays together: each becomes 
 MAX_DEPTH = 4  # of arrays in arrays
 MAX_AXES = 4
 MAX_NAME = 63  # bytes, of llama.cpp
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+WRITABLE = ("f32", "f16", "bf16", "q8_0")  # what numbers can be written as; other blocks are copied
+WIDE = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "position_embd.weight",
+    "token_types.weight",
+)
 NARROW = {"fmodels.float16": np.dtype(np.float16), "fmodels.bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 Metadata = dict[str, Any]
@@ -95,20 +106,49 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Metadata]:
     header, tensors, metadata = _read(path)
     count = metadata.get("split.count", 0)
     if not isinstance(count, np.integer) or count < 2:
-        return tensors, metadata
-    named = PART.fullmatch(Path(path).name)
-    if named is None or int(named[2]) != count:
+        return tensors, _whole(metadata)
+    names = parts(Path(path).name)
+    if len(names) != count:
         header.refuse(f"it is one of {count} parts", f"give it back its name, which ends in -00001-of-{count:05d}.gguf")
-        raise AssertionError
-    parts = [_read(Path(path).with_name(f"{named[1]}-{i:05d}-of-{count:05d}.gguf")) for i in range(1, int(count) + 1)]
+    read_parts = [_read(Path(path).with_name(name)) for name in names]
     joined: dict[str, Tensor] = {}
-    for number, (one, found, said) in enumerate(parts):
+    for number, (one, found, said) in enumerate(read_parts):
         if said.get("split.no") != number or said.get("split.count") != count:
             one.refuse(f"expected part {number} of {count}, counted from 0, got {brief(said.get('split.no'))}")
         if twice := joined.keys() & found.keys():
             one.refuse(f"tensor {brief(min(twice))} is in another part, too")
         joined |= found
-    return joined, {key: value for key, value in parts[0][2].items() if not key.startswith("split.")}
+    return joined, _whole(read_parts[0][2])
+
+
+def _whole(metadata: Metadata) -> Metadata:
+    """The metadata without what is said of parts."""
+    return {key: value for key, value in metadata.items() if not key.startswith("split.")}
+
+
+def parts(name: str) -> list[str]:
+    """The names of all files of which this is one.
+
+    Example:
+        >>> parts("x-00001-of-00002.gguf"), parts("x.gguf")
+        (['x-00001-of-00002.gguf', 'x-00002-of-00002.gguf'], ['x.gguf'])
+    """
+    named = PART.fullmatch(name)
+    if named is None:
+        return [name]
+    return [f"{named[1]}-{number:05d}-of-{named[2]}.gguf" for number in range(1, int(named[2]) + 1)]
+
+
+def of_part(metadata: Metadata, number: int, shards: Sequence[Mapping[str, Tensor]]) -> Metadata:
+    """The metadata of one of several files, counted from 0: the first has those of the model.
+
+    Source: src/llama-model-loader.cpp of llama.cpp, and `GGUFWriter.add_shard_kv_data` of gguf-py.
+    """
+    everything = {name: tensor for shard in shards for name, tensor in shard.items()}
+    kept = {**metadata, **_file_type(everything)} if number == 0 else {}
+    alignment = {key: metadata[key] for key in ("general.alignment",) if key in metadata}
+    split = {"no": np.uint16(number), "count": np.uint16(len(shards)), "tensors.count": np.int32(len(everything))}
+    return {**kept, **alignment, **{f"split.{key}": value for key, value in split.items()}}
 
 
 def _read(path: str | os.PathLike[str]) -> tuple["_Header", dict[str, Tensor], Metadata]:
@@ -311,8 +351,7 @@ def write(
         path: the file.
         tensors: by name; the names in the file are the keys. Those of `read` that are quantised are copied.
         metadata: as `read` gives them, and kept in their order; numbers of Python are refused, as their types are not known.
-        type: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` of the tensors with rows, None to keep those that they have. Rows that are
-            no multiple of q8_0's 32 numbers keep their type.
+        type: as in `of_type`, None to keep those that the tensors have.
         advance: called with the number of bytes in memory after each tensor.
 
     Raises:
@@ -327,19 +366,14 @@ def write(
         >>> tensors["x.weight"].type, tensors["x.weight"].array()[0, 0].item(), metadata["general.file_type"].item()
         ('q8_0', 127.0, 7)
     """
-    if type is not None and type not in FILE_TYPES:
-        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(FILE_TYPES)}")
+    given, tensors = tensors, tensors if type is None else of_type(tensors, type)
     metadata = {key: value for key, value in (metadata or {}).items() if key != "format" and key not in NARROW}
     problems = [problem for name, tensor in tensors.items() if (problem := _problem(name, tensor))]
     if problems:
         raise ValueError(f"write: {len(problems)} tensors cannot be in a GGUF file: {listing(problems, sep='; ')}")
-    kinds = {name: _kind(name, tensor, type) for name, tensor in tensors.items()}
-    most = dict.fromkeys(kinds.values(), 0)
-    for name, kind in kinds.items():
-        most[kind] += 0 if is_wide(name, tensors[name].shape) else tensors[name].size
-    main = type or max(most, key=lambda kind: most[kind], default="f32")
-    if main in FILE_TYPES:
-        metadata["general.file_type"] = np.uint32(FILE_TYPES[main])
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    if "split.count" not in metadata:  # else that of all parts is in the first
+        metadata |= _file_type(tensors, type)
     if any(ggml.TYPES[kind].dtype is None for kind in kinds.values()):
         metadata.setdefault("general.quantization_version", np.uint32(2))
     for key, dtype in NARROW.items():
@@ -367,7 +401,45 @@ def write(
             send(out, stored)
             out.write(bytes(_padded(stored.nbytes, alignment) - stored.nbytes))
             if advance is not None:
-                advance(tensor.nbytes)
+                advance(given[name].nbytes)
+
+
+def _file_type(tensors: Mapping[str, Tensor], type: str | None = None) -> Metadata:
+    """The type that most numbers have where llama.cpp does not want float32, as metadata, if there is a word for it."""
+    most: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        kind = _kind(name, tensor)
+        most[kind] = most.get(kind, 0) + (0 if is_wide(name, tensor.shape) else tensor.size)
+    main = type or max(most, key=lambda kind: most[kind], default="f32")
+    return {"general.file_type": np.uint32(FILE_TYPES[main])} if main in FILE_TYPES else {}
+
+
+def of_type(tensors: Mapping[str, Tensor], type: str) -> dict[str, Tensor]:
+    """The tensors as files of llama.cpp's converter with `--outtype` have them, but that nothing is rounded that need not be.
+
+    Args:
+        tensors: by the names in the file.
+        type: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"` of those that llama.cpp does not want in float32. Rows that are no
+            multiple of q8_0's 32 numbers keep their type.
+
+    Raises:
+        ValueError: another type.
+    """
+    if type not in WRITABLE:
+        raise ValueError(f"write: type {type!r} of GGUF cannot be written, only {', '.join(WRITABLE)}")
+    return {name: _of_type(name, tensor, type) for name, tensor in tensors.items()}
+
+
+def _of_type(name: str, tensor: Tensor, type: str) -> Tensor:
+    known, own = ggml.TYPES[type], tensor.type if isinstance(tensor, Blocks) else None
+    if not is_floating(tensor.dtype) or own == type or (own is None and is_wide(name, tensor.shape)):
+        return tensor
+    if known.dtype is not None:
+        return cast(tensor if own is None else computed(tensor), known.dtype)
+    if tensor.shape[-1] % known.size:
+        return tensor
+    row = (*tensor.shape[:-1], tensor.shape[-1] // known.size * known.nbytes)
+    return Blocks.of(name, type, Tensor.lazy(name, np.uint8, row, lambda: ggml.quantize_q8_0(tensor.array())))
 
 
 def _refuse(what: str) -> None:
@@ -375,8 +447,8 @@ def _refuse(what: str) -> None:
 
 
 def is_wide(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp wants a tensor in float32, whatever the others are: biases and norms."""
-    return len(shape) < 2 or name.endswith("_norm.weight")
+    """Whether llama.cpp wants a tensor in float32, whatever the others are: biases, norms, routers, positions, token types."""
+    return len(shape) < 2 or name.endswith(WIDE)
 
 
 def _problem(name: object, tensor: Tensor) -> str | None:
@@ -389,28 +461,23 @@ def _problem(name: object, tensor: Tensor) -> str | None:
     return None
 
 
-def _kind(name: str, tensor: Tensor, wanted: str | None) -> str:
+def _kind(name: str, tensor: Tensor) -> str:
     """The type that a tensor is written in."""
-    if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != ml_dtypes.bfloat16:
-        return ggml.BY_DTYPE[tensor.dtype]
-    if is_wide(name, tensor.shape) and not isinstance(tensor, Blocks):
+    if isinstance(tensor, Blocks):
+        return tensor.type
+    if is_floating(tensor.dtype) and is_wide(name, tensor.shape):
         return "f64" if tensor.dtype == np.float64 else "f32"
-    if wanted is None or (wanted == "q8_0" and tensor.shape[-1] % ggml.TYPES[wanted].size):
-        return tensor.type if isinstance(tensor, Blocks) else ggml.BY_DTYPE[tensor.dtype]
-    return wanted
+    return ggml.BY_DTYPE.get(tensor.dtype, "")
 
 
 def _stored(tensor: Tensor, kind: str) -> Tensor:
     """The tensor whose elements are what lies in the file."""
-    if isinstance(tensor, Blocks) and tensor.type == kind and tensor.packed is not None:
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
         return tensor.packed
     if isinstance(tensor, Widened) and tensor.wide is not None and kind == "f32":
         return tensor.wide
-    known = ggml.TYPES[kind]
-    if known.dtype is not None:
-        return tensor if tensor.dtype == known.dtype else ggml.cast(tensor, known.dtype)
-    row = (*tensor.shape[:-1], tensor.shape[-1] // known.size * known.nbytes)
-    return Tensor.lazy(tensor.name, np.uint8, row, lambda: ggml.quantize_q8_0(tensor.array()))
+    dtype = ggml.TYPES[kind].dtype
+    return tensor if dtype is None else cast(tensor, dtype)
 
 
 def _padded(size: int, alignment: int) -> int:

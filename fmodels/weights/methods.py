@@ -50,7 +50,7 @@ class Packed(Tensor):
         return self.codec, self.shape, self.dtype, tuple(sorted(shapes.items()))
 
 
-def _packed(
+def packed_of(
     name: str, codec: Codec, shape: tuple[int, ...], dtype: Any, parts: Mapping[str, Tensor], **more: Any
 ) -> Packed:
     """A `Packed` whose array is computed from its parts."""
@@ -147,7 +147,7 @@ def _build_fp8(options: Options, group: Group) -> Packed | None:
     if not block and scale.size != 1:
         return group.fail(f"'weight_scale_inv' has shape {list(scale.shape)}, expected one number")
     dtype = "bfloat16" if scale.dtype == np.float32 else scale.dtype
-    return _packed(f"{group.stem}.weight", Blocks((own[0], own[1])), weight.shape, dtype, group.tensors)
+    return packed_of(f"{group.stem}.weight", Blocks((own[0], own[1])), weight.shape, dtype, group.tensors)
 
 
 def _build_mxfp4(options: Options, group: Group) -> Packed | None:
@@ -156,7 +156,7 @@ def _build_mxfp4(options: Options, group: Group) -> Packed | None:
         return None
     experts, rows, count, _ = blocks.shape
     shape = experts, count * 32, rows
-    return _packed(group.stem, Mxfp4(), shape, "bfloat16", group.tensors, turned=True)
+    return packed_of(group.stem, Mxfp4(), shape, "bfloat16", group.tensors, turned=True)
 
 
 def _check_gptq(options: Options) -> list[str]:
@@ -182,7 +182,7 @@ def _build_gptq(options: Options, group: Group) -> Packed | None:
     if outputs % each or not ((numbers >= 0) & (numbers < groups)).all():
         return group.fail(f"'g_idx' has groups outside of 0 … {groups - 1}, or {outputs} outputs do not fill words")
     codec = Gptq(bits, options.get("checkpoint_format", options.get("format", "gptq")) == "gptq")
-    return _packed(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
+    return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
 def _check_awq(options: Options) -> list[str]:
@@ -202,7 +202,7 @@ def _build_awq(options: Options, group: Group) -> Packed | None:
     scales = group.expect("scales", FLOATS, (groups, words * 8))
     if group.expect("qzeros", ("int32",), (groups, words)) is None or scales is None:
         return None
-    return _packed(f"{group.stem}.weight", Awq(size), (words * 8, inputs), scales.dtype, group.tensors)
+    return packed_of(f"{group.stem}.weight", Awq(size), (words * 8, inputs), scales.dtype, group.tensors)
 
 
 def _build_bnb(options: Options, group: Group) -> Packed | None:
@@ -214,7 +214,7 @@ def _build_bnb(options: Options, group: Group) -> Packed | None:
             row = group.expect("weight_format", ("uint8",), ())
             if row is None or row.array().item() != 0:
                 return group.fail("'weight_format' is not 0, by rows; save it again with bitsandbytes 0.45 or newer")
-        return _packed(f"{group.stem}.weight", Bnb8(), codes.shape, "float16", group.tensors)
+        return packed_of(f"{group.stem}.weight", Bnb8(), codes.shape, "float16", group.tensors)
     names = [name for name in group.tensors if name.startswith(STATE)]
     if len(names) != 1:
         return group.fail(f"expected one of {STATE}nf4 and …fp4, got {names or 'none'}")
@@ -252,7 +252,7 @@ def _build_bnb(options: Options, group: Group) -> Packed | None:
     if any(check is None for check in checks):
         return None
     codec = Bnb4((shape[0], shape[1]), block, nested)
-    return _packed(f"{group.stem}.weight", codec, tuple(shape), state["dtype"], group.tensors, derived=derived)
+    return packed_of(f"{group.stem}.weight", codec, tuple(shape), state["dtype"], group.tensors, derived=derived)
 
 
 def _schemes(options: Options) -> list[Any]:
@@ -320,7 +320,7 @@ def _build_compressed(options: Options, group: Group) -> Packed | None:
         codec = PackedBlocks(block, "weight_scale", zero, bits, (shape[0], shape[1]))
     else:
         codec = Blocks(block, "weight_scale", zero)
-    return _packed(f"{group.stem}.weight", codec, shape, scale.dtype, tensors)
+    return packed_of(f"{group.stem}.weight", codec, shape, scale.dtype, tensors)
 
 
 METHODS: dict[str, Method] = {

@@ -1,11 +1,12 @@
 """Quantised checkpoints: the tensors of one weight, told apart by their names, become one description, and back.
 
 `join` comes before the layout map, which then sees each weight under its usual name; `leaves` makes the tree's leaves, and
-`split` the tensors of a file from them.
+`split` the tensors of a file from them. Blocks of GGUF files are one tensor: `kept` describes those that a leaf can have.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fmodels import tree
 from fmodels.arrays import Quantized, Rows
+from fmodels.codecs import Ggml
 from fmodels.types import Params
-from fmodels.weights.methods import FLOATS, METHODS, Group, Options, Packed
+from fmodels.weights import ggml
+from fmodels.weights.methods import FLOATS, METHODS, Group, Options, Packed, packed_of
 from fmodels.weights.rules import Place, Rule
-from fmodels.weights.tensors import Tensor, aligned_empty, listing
+from fmodels.weights.tensors import Tensor, aligned_empty, computed, listing
 
 
 def join(tensors: Mapping[str, Tensor], options: Options | None) -> dict[str, Tensor]:
@@ -79,6 +82,27 @@ def _is_listed(stem: str, listed: Any) -> bool:
     Regular expressions are not tried: a hostile one runs for years, and the tensors tell, too, what is quantised.
     """
     return any(stem == one or stem.startswith(f"{one}.") or stem.endswith(f".{one}") for one in listed or ())
+
+
+def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a `Packed` in place of those of a GGUF file whose blocks a leaf can have as they lie there."""
+    return {name: _of_blocks(name, tensor) or tensor for name, tensor in tensors.items()}
+
+
+def _of_blocks(name: str, tensor: Tensor) -> Packed | None:
+    if not isinstance(tensor, ggml.Blocks) or tensor.packed is None or tensor.type not in Ggml.TYPES:
+        return None
+    if len(tensor.shape) < 2:
+        return None
+    whole, each = tensor.packed, ggml.TYPES[tensor.type].nbytes
+    shape = (*whole.shape[:-1], whole.shape[-1] // each, each)
+    blocks = dataclasses.replace(whole, shape=shape, get=lambda: whole.array().reshape(shape))
+    return packed_of(name, Ggml(tensor.type), tensor.shape, tensor.dtype, {"blocks": blocks})
+
+
+def expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the arrays that quantised weights stand for."""
+    return {name: computed(tensor) if isinstance(tensor, Packed) else tensor for name, tensor in tensors.items()}
 
 
 def is_even(members: Sequence[Tensor]) -> bool:
@@ -198,6 +222,11 @@ def split(name: str, leaf: Quantized, index: tuple[int, ...]) -> dict[str, Tenso
         index: of its layer and expert, as far as they are axes of the leaf.
     """
     codec, stem = leaf.codec, name.removesuffix(".weight")
+    if isinstance(codec, Ggml):
+        blocks = leaf.parts["blocks"]
+        *rows, count, each = blocks.shape[len(index) :]
+        get = functools.partial(_rows_of_blocks, blocks, index)
+        return {name: ggml.Blocks.of(name, codec.type, Tensor.lazy(name, np.uint8, (*rows, count * each), get))}
     found: dict[str, Tensor] = {}
     for part, array in leaf.parts.items():
         if part in codec.derived:
@@ -221,6 +250,11 @@ def _part(array: Any, index: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.asarray(array[index]).view(dtype)
 
 
+def _rows_of_blocks(blocks: Any, index: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(blocks[index])
+    return array.reshape(*array.shape[:-2], -1)
+
+
 def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
     """The leaf with the sharding of each part, from one for the leaf.
 
@@ -241,6 +275,6 @@ def shardings(path: str, leaf: Quantized, sharding: Any) -> Quantized:
     return own
 
 
-def has(params: Params) -> bool:
-    """Whether a leaf of the tree is quantised as on disk."""
-    return any(isinstance(leaf, Quantized) for leaf in tree.flatten(params).values())
+def dialects_of(params: Params) -> set[str]:
+    """The dialects of the files that have the parts of the tree's quantised leaves; none if it has no such leaves."""
+    return {leaf.codec.dialect for leaf in tree.flatten(params).values() if isinstance(leaf, Quantized)}

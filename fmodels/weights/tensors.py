@@ -25,6 +25,7 @@ ALIGNMENT = 64  # bytes: what XLA and dlpack want of a buffer that is used witho
 LIMIT = 2**63 - 1  # of a size in bytes
 CHUNK = 2**24  # bytes that one thread reads at a time
 READERS = 4  # threads: more than one for memory and for disks, no more than a disk likes
+PIECE = 2**22  # elements that are looked at at a time
 SQUARE = 256  # elements on a side of what is transposed at a time
 LARGE = 2**22  # bytes from which on numpy asks for huge pages
 
@@ -183,6 +184,52 @@ class Tensor:
                 f"read_into: expected a writable C-contiguous array {self.dtype}{list(self.shape)} for tensor "
                 f"{self.name!r}, got {out.dtype}{list(out.shape)} with strides {out.strides}"
             )
+
+
+def computed(tensor: Tensor) -> Tensor:
+    """The tensor by its array alone, whatever it is made of."""
+    return Tensor.lazy(tensor.name, tensor.dtype, tensor.shape, tensor.array)
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether numbers are floating, of numpy or `ml_dtypes`.
+
+    Example:
+        >>> import ml_dtypes, numpy as np
+        >>> [is_floating(np.dtype(kind)) for kind in (np.float64, ml_dtypes.bfloat16, np.int8)]
+        [True, True, False]
+    """
+    return dtype.name.removeprefix("b").startswith("float")
+
+
+def cast(tensor: Tensor, dtype: Any) -> Tensor:
+    """A floating tensor in another floating dtype; its array is a ValueError where that cannot hold its numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> wide = Tensor.lazy("x", np.float32, (1,), lambda: np.array([1e6], np.float32))
+        >>> cast(wide, np.float16).array()
+        Traceback (most recent call last):
+        ValueError: array: tensor 'x' has values that float16 cannot hold; use bfloat16 or float32
+    """
+    dtype = np.dtype(dtype)
+    if tensor.dtype == dtype or not is_floating(tensor.dtype):
+        return tensor
+
+    def get() -> np.ndarray:
+        array = tensor.array()
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = array.astype(dtype)
+        before, after = array.reshape(-1), found.reshape(-1)
+        for start in range(0, tensor.size, PIECE):  # masks of all of it would need memory
+            part = slice(start, start + PIECE)
+            if (np.isfinite(before[part]) & ~np.isfinite(after[part])).any():
+                raise ValueError(
+                    f"array: tensor {tensor.name!r} has values that {dtype} cannot hold; use bfloat16 or float32"
+                )
+        return found
+
+    return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

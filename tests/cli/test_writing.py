@@ -67,8 +67,8 @@ def test_convert_bad_input(run, unchanged, llama, tmp_path):
         assert (code, "different folders" in err) == (2, True)
     for args, message in [
         ([tmp_path / "full"], "not an empty folder"),
-        ([tmp_path / "new", "--dtype", "int8"], "not a floating dtype"),
-        ([tmp_path / "new", "--dtype", "floaty"], "not a floating dtype"),
+        ([tmp_path / "new", "--dtype", "int8"], "expected a floating dtype"),
+        ([tmp_path / "new", "--dtype", "floaty"], "expected a floating dtype"),
         ([tmp_path / "new", "--max-shard-size", "huge"], "huge"),
         ([tmp_path / "new", "--task", "masked-lm"], "task 'masked-lm'"),
     ]:

@@ -304,6 +304,16 @@ def test_transforms_ask_to_dequantize(tmp_path):
         fm.save(params, config, tmp_path / "new", format="orbax")
 
 
+@pytest.mark.parametrize("name", ["gptq4", "nf4"])
+def test_loaded_as_arrays(name):
+    params, config = fm.load(GOLDENS / name, dequantize=True)
+    kept, found = fm.load(GOLDENS / name, dequantize=False)
+    assert packed(kept)
+    assert (config.quantization, fm.load(GOLDENS / name)[1]) == (None, found)
+    exact = fm.tree.flatten(fm.dequantize(kept))
+    assert all(np.array_equal(leaf, exact[path]) for path, leaf in fm.tree.flatten(params).items())
+
+
 @pytest.mark.parametrize("name", ["awq", "floats", "gptq4", "nf4", "packed"])
 def test_convert(tmp_path, name):
     """Bytes are equal when they come back; or the arrays are written, in any format."""
