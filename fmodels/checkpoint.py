@@ -462,7 +462,7 @@ def save(
     elif config.quantization is None or FORMATS[format].dialect != "pt":
         raise ValueError(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
-            'save with the config that load gave, as "safetensors", or dequantize first'
+            'save with the config that load gave, as "safetensors", or use fm.dequantize(params) first'
         )
     dtype = np.dtype(params["embed"]["tokens"].dtype).name
     tensors, metadata, files = as_written(disk_tensors(params, config), config, dtype, format)

@@ -19,7 +19,7 @@ import numpy as np
 
 from fmodels import programs, tree
 from fmodels.api import check, forward
-from fmodels.arrays import Target, target
+from fmodels.arrays import Target, check_plain, target
 from fmodels.checkpoint import save
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
@@ -338,15 +338,11 @@ def write(
     Raises:
         ValueError: as `export_forward`.
     """
-    flat = tree.flatten(params)
-    if strange := [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(
-            f"export: leaves that are not plain arrays: {', '.join(strange[:20])}; dequantize or merge them first"
-        )
+    check_plain("export", params)
     check(params, config)
     folder = Path(folder)
     record = read_record(folder) if (folder / RECORD).exists() else {}
-    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in flat.items()}
+    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in tree.flatten(params).items()}
     if other := [n for n, written in record.items() if n not in programs and written["params"] != leaves]:
         raise ValueError(
             f"export: {str(folder)!r} holds {other[0]}.jax for other leaves (stacked and listed layers differ, too); choose "

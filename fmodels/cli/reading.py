@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fmodels.cli.common import generation_options, print_json, resolve
@@ -58,6 +58,7 @@ def run_info(args: argparse.Namespace) -> int:
         "bytes": sum(dtypes.values()),
         "bytes_by_dtype": dtypes,
         "tensors": len(tensors),
+        "quantization": None if config.quantization is None else _quantization(config, tensors),
         "files": sorted({t.file.path.name for t in raw.values() if t.file is not None}),
         "metadata": metadata,
         "generation": None if config.generation is None else config.generation.to_hf(),
@@ -78,6 +79,17 @@ def run_info(args: argparse.Namespace) -> int:
         cells = [[row["name"], row["dtype"], row["shape"], size(row["bytes"])] for row in rows]
         print("\n" + table(cells, ["tensor", "dtype", "shape", "size"], right=[3]))
     return 0
+
+
+def _quantization(config: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The method, the bits and the groups of a quantised checkpoint, and how many tensors are quantised."""
+    import json
+
+    from fmodels.weights.methods import Packed
+
+    options = json.loads(config.quantization)
+    shown = {name: options[name] for name in ("quant_method", "bits", "group_size", "format") if name in options}
+    return {**shown, "tensors": sum(isinstance(tensor, Packed) for tensor in tensors.values())}
 
 
 def _cell(value: Any) -> str:
