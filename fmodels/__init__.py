@@ -1,5 +1,6 @@
 """Pretrained transformers as plain parameter trees and pure functions, exchanged with everybody else exactly."""
 
+from fmodels import arrays as arrays
 from fmodels import assets as assets
 from fmodels import dialects as dialects
 from fmodels import export as export

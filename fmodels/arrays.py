@@ -15,8 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from fmodels import tree
 from fmodels.types import Array
 
 
@@ -466,6 +468,27 @@ class LowRank:
 
     def _wide(self, dtype: Any) -> Any:
         return jnp.float64 if max(part.itemsize for part in (dtype, self.a.dtype, self.b.dtype)) > 4 else jnp.float32
+
+
+def check_plain(name: str, params: Any) -> None:
+    """Raises a ValueError if a leaf of the tree is no array, for what other libraries shall hold.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> check_plain("to_torch", {"weight": Scaled.quantize(jnp.ones((2, 2)))})
+        Traceback (most recent call last):
+        ValueError: to_torch: 1 leaves are not plain arrays: 'weight' is a Scaled; use fm.dequantize(params) first
+    """
+    strange = {n: leaf for n, leaf in tree.flatten(params).items() if not isinstance(leaf, jax.Array | np.ndarray)}
+    if not strange:
+        return
+    kinds = [f"{path!r} is a {type(leaf).__name__}" for path, leaf in list(strange.items())[:5]]
+    known = [leaf for leaf in strange.values() if hasattr(leaf, "einsum")]
+    cures = sorted({"merge_adapters" if isinstance(leaf, LowRank) else "dequantize" for leaf in known})
+    raise ValueError(
+        f"{name}: {len(strange)} leaves are not plain arrays: {', '.join(kinds)}{', …' if len(strange) > 5 else ''}"
+        + (f"; use {' and '.join(f'fm.{cure}(params)' for cure in cures)} first" if cures else "")
+    )
 
 
 def check_rows(name: str, params: Any, rows: int | None) -> None:

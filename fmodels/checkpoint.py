@@ -467,7 +467,7 @@ def save(
     if needed - {FORMATS[format].dialect} or ("pt" in needed and config.quantization is None):
         raise ValueError(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
-            f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or dequantize first'
+            f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or use fm.dequantize(params) first'
         )
     numbers, type = dtype_and_type("save", dtype, format)
     if "pt" in needed and numbers is not None:

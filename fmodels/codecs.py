@@ -36,12 +36,22 @@ def spread(scale: Array, times: int, axis: int, size: int) -> Array:
 
 
 def unpack(words: Array, bits: int) -> Array:
-    """The `32 / bits` numbers of each int32 of the last axis, the lowest bits first.
+    """The numbers of the int32 of the last axis, the lowest bits first; of 3 bits 32 lie in three words, across their ends.
 
     Example:
         >>> unpack(jnp.array([0x76543210], jnp.int32), 4).tolist()
         [0, 1, 2, 3, 4, 5, 6, 7]
+        >>> unpack(jnp.array([1 << 30, 1, 0], jnp.int32), 3)[9:12].tolist()
+        [0, 5, 0]
     """
+    if 32 % bits:
+        groups = words.reshape(*words.shape[:-1], -1, bits)
+        word, shift = np.divmod(np.arange(0, 32 * bits, bits, dtype=np.int32), 32)
+        low = jax.lax.shift_right_logical(*jnp.broadcast_arrays(groups[..., word], jnp.asarray(shift)))
+        rest = jnp.asarray(np.minimum(32 - shift, 31))  # of the next word; it is there where a number goes on
+        high = jax.lax.shift_left(*jnp.broadcast_arrays(groups[..., np.minimum(word + 1, bits - 1)], rest))
+        numbers = (low | jnp.where(jnp.asarray(shift + bits > 32), high, 0)) & (2**bits - 1)
+        return numbers.reshape(*words.shape[:-1], -1)
     shifts = jnp.arange(0, 32, bits, dtype=jnp.int32)
     numbers = jax.lax.shift_right_logical(*jnp.broadcast_arrays(words[..., None], shifts)) & (2**bits - 1)
     return numbers.reshape(*words.shape[:-1], -1)
@@ -190,10 +200,11 @@ class Gptq(Codec):
     """`(number - zero) * scale`; input `i` has those of group `g_idx[i]`. Eight numbers of four bits lie in an int32.
 
     Attributes:
-        bits: of a number: 2, 4 or 8.
+        bits: of a number: 2, 3, 4 or 8.
         plus_one: whether zeros are one more than in the file (format `gptq`, and not `gptq_v2`).
 
-    Source: Frantar et al. 2022; matches GPTQModel's `TorchLinear` and `convert_gptq_v1_to_v2_format`.
+    Source: Frantar et al. 2022; matches GPTQModel's `TorchLinear` and `convert_gptq_v1_to_v2_format`; of 3 bits AutoGPTQ's
+    `QuantLinear`, which adds one to each zero by itself.
     """
 
     bits: int
@@ -204,9 +215,11 @@ class Gptq(Codec):
 
     def decode(self, parts: Parts) -> Array:
         codes = unpack(parts["qweight"].swapaxes(-1, -2), self.bits)
-        # All numbers of a word at once, with carries: GPTQModel subtracts so where it writes.
-        ones = sum(1 << shift for shift in range(0, 32, self.bits))
-        zeros = unpack(parts["qzeros"] + jnp.int32(ones if self.plus_one else 0), self.bits)
+        if self.bits == 3:
+            zeros = unpack(parts["qzeros"], self.bits) + int(self.plus_one)
+        else:  # all numbers of a word at once, with carries: GPTQModel subtracts so where it writes
+            ones = sum(1 << shift for shift in range(0, 32, self.bits))
+            zeros = unpack(parts["qzeros"] + jnp.int32(ones if self.plus_one else 0), self.bits)
         zeros, scales = (
             jnp.take_along_axis(part.swapaxes(-1, -2), parts["g_idx"][..., None, :], axis=-1)
             for part in (zeros, parts["scales"])
@@ -239,6 +252,33 @@ class Awq(Codec):
     def _numbers(self, words: Array) -> Array:
         eights = unpack(words, 4).reshape(*words.shape, 8)
         return eights[..., jnp.asarray(self.ORDER, jnp.int32)].reshape(*words.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AwqRows(Codec):
+    """As `Awq`, with eight neighbouring inputs in an int32, the first in the lowest bits.
+
+    Factors and zeros of an output lie side by side, and zeros behind them fill their words.
+
+    Attributes:
+        group: inputs that share a scale and a zero.
+
+    Source: Lin et al. 2023; matches AutoAWQ's `gemv` (`WQLinear_GEMV`).
+    """
+
+    group: int
+
+    main: ClassVar[tuple[str, int]] = ("qweight", 2)
+
+    def decode(self, parts: Parts) -> Array:
+        codes, zeros = (unpack(parts[name], 4) for name in ("qweight", "qzeros"))
+        size = codes.shape[-1]
+        groups = -(-size // self.group)
+        zeros, scales = (spread(part[..., :groups], self.group, -1, size) for part in (zeros, parts["scales"]))
+        return (codes - zeros).astype(jnp.float32) * scales.astype(jnp.float32)
+
+    def rows(self, parts: Parts, pick: Pick) -> dict[str, Array]:
+        return {name: pick(part, -2) for name, part in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True)

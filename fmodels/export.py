@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from fmodels import programs, tree
 from fmodels.api import check, forward
-from fmodels.arrays import Target, target
+from fmodels.arrays import Target, check_plain, target
 from fmodels.checkpoint import save
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
@@ -27,6 +27,7 @@ from fmodels.prepare import bucket, prepare
 from fmodels.types import Array, Params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+"""Those that programs are exported for if nothing else is asked for; `"rocm"` is possible, too."""
 FIELDS = ("logits", "hidden", "pooled", "sequence_logits", "encoder_hidden")
 """The fields of `Output` that an exported `forward` returns."""
 WARPS = ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -213,7 +214,14 @@ def lower(
         params: the tree, or one of shapes.
         platforms: those that it shall run on.
         gradient: whether it shall have one.
+
+    Raises:
+        ValueError: no platforms, or unknown ones.
     """
+    if not platforms or not set(platforms) <= {*PLATFORMS, "rocm"}:
+        raise ValueError(
+            f"export: platforms are any of {', '.join(PLATFORMS)}, rocm; got {', '.join(platforms) or 'none'}"
+        )
     scope = jax.export.SymbolicScope([f"{letter} <= {size}" for letter, size in program.limits.items()])
     given = {
         name: jax.ShapeDtypeStruct(
@@ -250,7 +258,8 @@ def export_forward(
         gradient: whether `jax.grad` can go through it.
 
     Raises:
-        ValueError: the tree does not fit the config or holds something else than arrays; inputs that the model lacks.
+        ValueError: the tree does not fit the config or holds something else than arrays; inputs that the model lacks; unknown
+            platforms.
 
     Example:
         >>> import fmodels as fm, pathlib, tempfile
@@ -260,7 +269,8 @@ def export_forward(
         >>> sorted(path.name for path in pathlib.Path(folder).iterdir())
         ['config.json', 'export.json', 'forward.jax', 'generation_config.json', 'model.safetensors']
     """
-    _write("forward", forward_program(params, config, inputs), params, config, folder, platforms, gradient)
+    programs = {"forward": forward_program(params, config, inputs)}
+    write(programs, params, config, folder, platforms=platforms, gradient=gradient)
 
 
 def export_generate(
@@ -303,53 +313,64 @@ def export_generate(
         (1, 5)
     """
     program = generate_program(params, config, max_new_tokens=max_new_tokens, options=options, per_call=per_call)
-    _write("generate", program, params, config, folder, platforms, False)
+    write({"generate": program}, params, config, folder, platforms=platforms)
 
 
-def _write(
-    name: str,
-    program: Program,
+def write(
+    programs: Mapping[str, Program],
     params: Params,
     config: Config,
     folder: str | os.PathLike[str],
-    platforms: Sequence[str],
-    gradient: bool,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    gradient: bool = False,
 ) -> None:
-    flat = tree.flatten(params)
-    if strange := [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]:
-        raise ValueError(
-            f"export: leaves that are not plain arrays: {', '.join(strange[:20])}; dequantize or merge them first"
-        )
+    """Writes programs by name, beside a checkpoint with the weights.
+
+    Args:
+        programs: `"forward"` from `forward_program`, `"generate"` from `generate_program`, or both.
+        params: as for `export_forward`, as are the others.
+        config: likewise.
+        folder: likewise.
+        platforms: likewise.
+        gradient: of `"forward"`.
+
+    Raises:
+        ValueError: as `export_forward`.
+    """
+    check_plain("export", params)
     check(params, config)
     folder = Path(folder)
     record = read_record(folder) if (folder / RECORD).exists() else {}
-    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in flat.items()}
-    if other := [n for n, written in record.items() if n != name and written["params"] != leaves]:
+    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in tree.flatten(params).items()}
+    if other := [n for n, written in record.items() if n not in programs and written["params"] != leaves]:
         raise ValueError(
             f"export: {str(folder)!r} holds {other[0]}.jax for other leaves (stacked and listed layers differ, too); choose "
             "another folder, or export both from the same tree"
         )
-    exported = lower(program, params, platforms=platforms, gradient=gradient)
-    data = bytes(exported.serialize(vjp_order=int(gradient)))
+    contents: dict[str, bytes] = {}
+    for name, program in programs.items():
+        vjp = gradient and name == "forward"
+        exported = lower(program, params, platforms=platforms, gradient=vjp)
+        contents[f"{name}.jax"] = bytes(exported.serialize(vjp_order=int(vjp)))
+        record[name] = {
+            "sha256": hashlib.sha256(contents[f"{name}.jax"]).hexdigest(),
+            "jax": jax.__version__,
+            "calling_convention": exported.calling_convention_version,
+            "platforms": list(exported.platforms),
+            "inputs": program.inputs,
+            "limits": program.limits,
+            **program.info,
+            "params": leaves,
+        }
     save(params, config, folder)
-    written = {
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "jax": jax.__version__,
-        "calling_convention": exported.calling_convention_version,
-        "platforms": list(exported.platforms),
-        "inputs": program.inputs,
-        "limits": program.limits,
-        **program.info,
-        "params": leaves,
-        "config": read_config(folder),
-    }
-    for path, content in (
-        (f"{name}.jax", data),
-        (RECORD, (json.dumps({**record, name: written}, indent=1) + "\n").encode()),
-    ):
-        beside = folder / f"{path}.part"
+    for name in programs:
+        record[name]["config"] = read_config(folder)
+    contents[RECORD] = (json.dumps(record, indent=1) + "\n").encode()
+    for name, content in contents.items():
+        beside = folder / f"{name}.part"
         beside.write_bytes(content)
-        beside.replace(folder / path)
+        beside.replace(folder / name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -226,8 +226,9 @@ def read_with_transformers(params: Params, config: Config, folder: Path) -> tupl
 
     with _quiet():
         model = to_transformers(params, config)
-        if not folder.is_dir():
-            return model.eval(), "its weights were handed over, as A is not a folder"
+        if not folder.is_dir() or config.quantization is not None:
+            why = "A is not a folder" if config.quantization is None else "A is quantised"
+            return model.eval(), f"its weights were handed over, as {why}"
         # transformers reads config.json and the weights by itself: nothing of ours is between the disk and its numbers.
         kind: Any = type(model)
         how = {"experts_implementation": "eager"} if hasattr(config, "num_experts") else {}  # others want even sizes

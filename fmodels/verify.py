@@ -27,8 +27,10 @@ from fmodels.models import Config
 from fmodels.runs import FIELDS, HEADS, RUNNERS, Given, Result, random_input, run_jax
 from fmodels.transforms.casting import cast
 from fmodels.transforms.counting import num_parameters
+from fmodels.transforms.dequantizing import dequantize
 from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Params
+from fmodels.weights.methods import Packed
 
 FRAMEWORKS = ("torch", "tensorflow", "transformers")
 LABELS = {"torch": "PyTorch wrapper", "tensorflow": "TensorFlow wrapper", "transformers": "transformers"}
@@ -97,11 +99,12 @@ def verify(
         failures += [f"B: {not_finite_text(name, *counts)}" for name, counts in not_finite.items()]
     finite = not any(check.nan or check.inf for check in checks)
 
-    computed = cast(params, "float32")
+    computed = cast(dequantize(params), "float32")
     other, other_error = None, ""
     if second is not None:
         try:
-            other = checkpoint.load(second.folder, task=task, dtype="float32")
+            theirs, other_config = checkpoint.load(second.folder, task=task)
+            other = cast(dequantize(theirs), "float32"), other_config
         except (ValueError, NotImplementedError) as error:
             other_error = str(error)
     given = random_input(params, config, seed, None if other is None else other[0])
@@ -120,6 +123,8 @@ def verify(
         notes.append(
             f"weights of {', '.join(dtypes)} were cast to float32 before anything was computed{_exactly(dtypes)}"
         )
+    if count := sum(isinstance(tensor, Packed) for tensor in first.tensors.values()):
+        notes.append(f"{count} tensors are quantised: dtypes, hashes and outputs are of the arrays that they stand for")
     digest = hashlib.sha256("\n".join(f"{c.name} {c.dtype} {c.shape} {c.sha256}" for c in sorted(checks)).encode())
     return Certificate(
         a=str(a),

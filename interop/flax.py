@@ -35,6 +35,7 @@ def to_flax(params: fm.Params, config: Any) -> dict[str, Any]:
         >>> tree["transformer"]["h"]["1"]["attn"]["c_attn"]["kernel"].shape  # the only ones with output axes first
         (24, 8)
     """
+    fm.arrays.check_plain("to_flax", params)
     fm.check(params, config)
     root: dict[str, Any] = {}
     for name, array in fm.dialects.write_arrays(fm.to_disk(params, config), config, "flax").items():
@@ -132,8 +133,9 @@ class LinenModel(linen.Module):
 class NNXModel(nnx.Module):
     """An NNX module that owns our tree, for `nnx.jit`, `nnx.grad`, `nnx.Optimizer` and `nnx.split`.
 
-    `.tree` has a variable for each leaf: `nnx.Param`, or `nnx.Variable` where nothing is to be trained (integers, and what
-    PyTorch's module has as a buffer). Variables start with the arrays of `params`, which are never changed.
+    `.tree` has a variable for each leaf: `nnx.Param`, or `nnx.Variable` where nothing is to be trained (integers, what
+    PyTorch's module has as a buffer, and quantised leaves, which stay so). Variables start with the arrays of
+    `params`, which are never changed.
 
     Args:
         params: the tree, stacked or a tuple of layers.
@@ -158,8 +160,9 @@ class NNXModel(nnx.Module):
         }
 
         def variable(path: str, leaf: Any) -> Any:
-            trained = path not in fixed and jnp.issubdtype(leaf.dtype, jnp.floating)
-            return (nnx.Param if trained else nnx.Variable)(jnp.asarray(leaf))
+            plain = isinstance(leaf, jax.Array | np.ndarray)
+            trained = plain and path not in fixed and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return (nnx.Param if trained else nnx.Variable)(jax.tree.map(jnp.asarray, leaf))
 
         self.tree = nnx.data(fm.tree.map_leaves(variable, params))
 

@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "offload_folder": ((None,), "weights are mapped from where they lie"),
     "offload_state_dict": ((None, False), "weights are mapped from where they lie"),
     "offload_buffers": ((None, False), "weights are mapped from where they lie"),
-    "quantization_config": ((None,), "a quantised checkpoint says so itself"),
+    "quantization_config": ((None,), "a quantised checkpoint says so itself, and is dequantised"),
     "tp_plan": ((None,), "use fm.partition_specs and sharding="),
     "tp_size": ((None,), "use fm.partition_specs and sharding="),
     "device_mesh": ((None,), "use fm.partition_specs and sharding="),
@@ -85,7 +85,7 @@ def load(
     seed: int | None = None,
     **options: Any,
 ) -> Loaded:
-    """Reads a checkpoint.
+    """Reads a checkpoint; quantised weights become the arrays that they stand for.
 
     Args:
         to_arrays: makes arrays of numpy of the library's tensors by name, for a config; arrays stay as they are.
@@ -140,7 +140,7 @@ def load(
         if output_loading_info:
             tensors = fm.open_checkpoint(source, task=task, **form, **hub).tensors
             info = _info(fm.loading_info(_shapes(tensors), found), {})
-        return Loaded(params, _with_generation(found, generation_config), info)
+        return Loaded(fm.dequantize(params), _finished(found, generation_config), info)
     if sharding is not None:
         raise ValueError(
             "from_pretrained: sharding is for checkpoints as they are; leave config, state_dict, key_mapping, "
@@ -162,7 +162,7 @@ def load(
         arrays |= _drawn(found, fm.loading_info(_shapes(arrays), found).missing, key)
     params = fm.from_disk(arrays, found, layers=layers)
     params = params if dtype is None else fm.cast(params, dtype)
-    return Loaded(params, _with_generation(found, generation_config), _info(differ, mismatched))
+    return Loaded(fm.dequantize(params), _finished(found, generation_config), _info(differ, mismatched))
 
 
 def _drawn(config: Any, names: list[str], key: Any) -> dict[str, np.ndarray]:
@@ -235,8 +235,10 @@ def _with_fields(config: Any, options: Mapping[str, Any]) -> Any:
     return dataclasses.replace(config, **changed) if changed else config
 
 
-def _with_generation(config: Any, generation: Any) -> Any:
-    return config if generation is None else dataclasses.replace(config, generation=generation_options(generation))
+def _finished(config: Any, generation: Any) -> Any:
+    """The config of plain arrays, with the options for generation if there are any."""
+    options = config.generation if generation is None else generation_options(generation)
+    return dataclasses.replace(config, generation=options, quantization=None)
 
 
 def generation_options(generation: Any) -> fm.GenerationConfig:

@@ -37,6 +37,6 @@ def export(params: fm.Params, config: Any, path: str | os.PathLike[str], **optio
         NotImplementedError: onnx.export: jax2onnx 0.17 does not convert these models for any batch and length; ...
     """
     raise NotImplementedError(
-        "onnx.export: jax2onnx 0.17 does not convert these models for any batch and length; use interop.saved_model.export or "
-        "fm.export_forward"
+        "onnx.export: jax2onnx 0.17 does not convert these models for any batch and length; use interop.saved_model.export "
+        "(fmodels export --to tensorflow) or fm.export_forward (--to jax)"
     )

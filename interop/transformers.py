@@ -44,6 +44,7 @@ def to_transformers(
             f"to_transformers: layers {layers} have pruned heads, which transformers 5 cannot represent; use fm.mask_heads "
             "on the unpruned model, which computes the same, or interop.torch.TorchModel"
         )
+    config = dataclasses.replace(config, quantization=None)  # its weights are plain arrays
     data = {**config.to_hf(), "dtype": params["embed"]["tokens"].dtype.name}
     hf_config = transformers.CONFIG_MAPPING[config.model_type].from_dict(data)
     if attn_implementation is not None:

@@ -61,3 +61,32 @@ def save_with_others(params: Any, config: Any, source: Path, stage: Path, args: 
     copied = copy_others(source, stage) if source.is_dir() else []
     save(params, config, stage, format=args.to, max_shard_size=args.max_shard_size)
     return copied
+
+
+def generation_options(args: argparse.Namespace, config: Any) -> Any:
+    """The `GenerationConfig` that the command line asks for.
+
+    Raises:
+        ValueError: an option that changes nothing without sampling, or that `GenerationConfig` refuses.
+    """
+    from fmodels.generation.config import GenerationConfig
+
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options |= dict(_option(text) for text in args.option)
+    own = config.generation.do_sample if config.generation is not None else None
+    unused = [f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "min_p") if name in options]
+    if unused and not options.get("do_sample", own) and "penalty_alpha" not in options:
+        raise ValueError(f"{', '.join(unused)} changes nothing without sampling; add --sample")
+    return GenerationConfig(**options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON if it is."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option {text!r}: expected NAME=VALUE, such as num_beams=4")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fmodels.cli.exporting import run_export
 from fmodels.cli.reading import run_bench, run_demo, run_generate, run_info, run_verify
 from fmodels.cli.writing import run_convert, run_prune, run_push, run_resize
 
@@ -107,36 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,3",
         help="a prompt of token ids, in place of text; may be repeated",
     )
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the checkpoint's, else 20")
-    how = generate.add_mutually_exclusive_group()
-    how.add_argument("--sample", action="store_const", const=True, dest="do_sample", help="draw tokens at random")
-    how.add_argument(
-        "--greedy",
-        action="store_const",
-        const=False,
-        dest="do_sample",
-        help="take the likeliest token (default: as the checkpoint says)",
-    )
-    generate.add_argument("--temperature", type=float, metavar="X", help="when sampling; above 0")
-    generate.add_argument(
-        "--top-k", type=int, metavar="N", help="when sampling: of the N likeliest tokens; 0 for all, 50 by default"
-    )
-    generate.add_argument(
-        "--top-p", type=float, metavar="X", help="when sampling: of the likeliest with probability X together"
-    )
-    generate.add_argument(
-        "--min-p", type=float, metavar="X", help="when sampling: of those with X times the likeliest's probability"
-    )
-    generate.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens that were there less likely"
-    )
-    generate.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any option by its name in transformers' GenerationConfig, such as num_beams=4; the value is JSON or text",
-    )
+    _generation(generate)
     generate.add_argument("--regex", metavar="PATTERN", help="what is generated matches this as a whole")
     generate.add_argument("--json-schema", metavar="FILE", help="what is generated is JSON that this schema describes")
     generate.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
@@ -164,6 +136,44 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action=argparse.BooleanOptionalAction, default=True,
         help="read the new files again and compare the hash of every tensor (default: yes)",
     )  # fmt: skip
+
+    export = command(
+        "export",
+        run_export,
+        "write a checkpoint as programs for other processes: jax.export, or a SavedModel of TensorFlow",
+        "fmodels export ./tiny-llama ./served --to tensorflow --generate --max-new-tokens 40",
+    )
+    _source(export)
+    export.add_argument("dest", metavar="FOLDER", type=Path, help="a new or empty folder")
+    export.add_argument(
+        "--to",
+        default="jax",
+        metavar="FORMAT",
+        help="jax or tensorflow, which needs no jax to run (default: %(default)s)",
+    )
+    export.add_argument("--task", help="the head of this task (default: as config.json says)")
+    export.add_argument(
+        "--dtype", metavar="NAME", help="cast floating weights, such as to float32 (default: as they are)"
+    )
+    export.add_argument("--dequantize", action="store_true", help="take the arrays that quantised weights stand for")
+    export.add_argument(
+        "--layers", choices=("list", "stacked"), default="list",
+        help="one after the other, which runs faster on CPU, or in a loop, which compiles faster (default: %(default)s)",
+    )  # fmt: skip
+    export.add_argument(
+        "--inputs",
+        metavar="LIST",
+        help="of forward: tokens and any of mask, positions, token_types, decoder_tokens, decoder_mask (default: tokens and mask)",
+    )
+    export.add_argument("--gradient", action="store_true", help="with --to jax: forward can be differentiated")
+    export.add_argument("--platforms", metavar="LIST", help="with --to jax (default: cpu,cuda,tpu)")
+    export.add_argument("--generate", action="store_true", help="generation too, with the options below")
+    _generation(export)
+    export.add_argument(
+        "--per-call",
+        metavar="LIST",
+        help="options that each call gives, such as seed,temperature (default: seed,temperature,top_k,top_p when sampling)",
+    )
 
     verify = command(
         "verify",
@@ -270,6 +280,39 @@ def _source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, or a Hub id such as openai-community/gpt2")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
     parser.add_argument("--offline", action="store_true", help="use the Hub's cache and no network")
+
+
+def _generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the checkpoint's, else 20")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--sample", action="store_const", const=True, dest="do_sample", help="draw tokens at random")
+    how.add_argument(
+        "--greedy",
+        action="store_const",
+        const=False,
+        dest="do_sample",
+        help="take the likeliest token (default: as the checkpoint says)",
+    )
+    parser.add_argument("--temperature", type=float, metavar="X", help="when sampling; above 0")
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", help="when sampling: of the N likeliest tokens; 0 for all, 50 by default"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="X", help="when sampling: of the likeliest with probability X together"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help="when sampling: of those with X times the likeliest's probability"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="above 1 makes tokens that were there less likely"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any option by its name in transformers' GenerationConfig, such as num_beams=4; the value is JSON or text",
+    )
 
 
 def _dest(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fmodels.cli.common import print_json, resolve
+from fmodels.cli.common import generation_options, print_json, resolve
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -58,6 +58,7 @@ def run_info(args: argparse.Namespace) -> int:
         "bytes": sum(dtypes.values()),
         "bytes_by_dtype": dtypes,
         "tensors": len(tensors),
+        "quantization": None if config.quantization is None else _quantization(config, tensors),
         "files": sorted({t.file.path.name for t in raw.values() if t.file is not None}),
         "metadata": metadata,
         "generation": None if config.generation is None else config.generation.to_hf(),
@@ -80,6 +81,17 @@ def run_info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantization(config: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The method, the bits and the groups of a quantised checkpoint, and how many tensors are quantised."""
+    import json
+
+    from fmodels.weights.methods import Packed
+
+    options = json.loads(config.quantization)
+    shown = {name: options[name] for name in ("quant_method", "bits", "group_size", "format") if name in options}
+    return {**shown, "tensors": sum(isinstance(tensor, Packed) for tensor in tensors.values())}
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -97,7 +109,6 @@ def run_generate(args: argparse.Namespace) -> int:
 
     from fmodels.checkpoint import load
     from fmodels.generate import generate, stream
-    from fmodels.generation.config import GenerationConfig
     from fmodels.text import read_tokenizer
 
     if bool(args.prompts) == bool(args.tokens):
@@ -111,13 +122,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ValueError(f"prompt {empty[0]} has no tokens; write at least one")
     params, config = load(folder, layers="list")
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options |= dict(_option(text) for text in args.option)
-    own = config.generation.do_sample if config.generation is not None else None
-    unused = [f"--{name.replace('_', '-')}" for name in ("temperature", "top_k", "top_p", "min_p") if name in options]
-    if unused and not options.get("do_sample", own):
-        raise ValueError(f"{', '.join(unused)} changes nothing without sampling; add --sample")
+    options = generation_options(args, config)
     width = max(map(len, rows))
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else 0
     tokens, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
@@ -125,10 +130,10 @@ def run_generate(args: argparse.Namespace) -> int:
         tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
     call: dict[str, Any] = {
         "mask": mask, "max_new_tokens": args.max_new_tokens, "key": jax.random.key(args.seed),
-        "options": GenerationConfig(**options), "tokenizer": home / "tokenizer.json" if tokenizer else None,
+        "options": options, "tokenizer": home / "tokenizer.json" if tokenizer else None,
         "constraint": _constraint(args),
     }  # fmt: skip
-    if len(rows) == 1 and not args.json and not NOT_STREAMED & set(options):
+    if len(rows) == 1 and not args.json and not NOT_STREAMED & options.to_hf().keys():
         _stream(stream(params, config, tokens, **call), rows[0], tokenizer)
         return 0
     out = generate(params, config, tokens, **call)
@@ -162,19 +167,6 @@ NOT_STREAMED = frozenset(
     "num_beams num_return_sequences penalty_alpha prompt_lookup_num_tokens assistant_early_exit".split()
 )
 """Options whose tokens are not known one by one."""
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """`name=value`, the value as JSON if it is."""
-    import json
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--option {text!r}: expected NAME=VALUE, such as num_beams=4")
-    try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return name.strip(), value
 
 
 def _constraint(args: argparse.Namespace) -> Any:

@@ -54,7 +54,7 @@ def select(path: str, leaf: Any, where: Any, axis: int) -> Any:
     if isinstance(leaf, Quantized):
         raise NotImplementedError(
             f"{path!r} is quantised as on disk ({type(leaf.codec).__name__}) and would have to be quantised anew; "
-            "use dequantize first"
+            "use fm.dequantize(params) first (fmodels convert --dequantize)"
         )
 
     def pick(part: Any) -> Any:

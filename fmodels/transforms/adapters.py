@@ -142,7 +142,7 @@ def merge_adapters(params: Params) -> Params:
         if hasattr(leaf.weight, "einsum"):
             raise NotImplementedError(
                 f"merge_adapters: {path!r} is an adapter of a {type(leaf.weight).__name__}; a sum would have to be quantised "
-                "again. Merge into the dequantised weight"
+                "again. Merge into the dequantised weight, of fm.dequantize(params)"
             )
         if leaf.gain is not None:
             raise ValueError(

@@ -129,8 +129,8 @@ def _with_size(config: Config, size: int) -> Config:
 def _grow(path: str, leaf: Any, axis: int, count: int, how: str, key: Key | None, config: Any) -> Any:
     if not _leaves.is_plain(leaf):
         raise NotImplementedError(
-            f"resize_embeddings: {path!r} is a {type(leaf).__name__}, which cannot grow; turn it into an array first "
-            "(`leaf.dequantize()`), or resize before quantising"
+            f"resize_embeddings: {path!r} is a {type(leaf).__name__}, which cannot grow; use fm.dequantize(params) "
+            "first, or resize before quantising"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(f"resize_embeddings: {path!r} is {leaf.dtype}, expected a floating dtype")

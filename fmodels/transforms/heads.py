@@ -200,7 +200,9 @@ def _map_readers(name: str, function: Callable[[Any, Any], Any], params: Params,
                 "expected a mask (l h), or one (h) per layer"
             )
         if not (_leaves.is_plain(leaf) or isinstance(leaf, Scaled)):
-            raise NotImplementedError(f"{name}: {path!r} is a {type(leaf).__name__}; use dequantize first")
+            raise NotImplementedError(
+                f"{name}: {path!r} is a {type(leaf).__name__}; use fm.dequantize(params) first (fmodels convert --dequantize)"
+            )
         shape = [
             size if i == axis or letter == "l" else 1
             for i, (letter, size) in enumerate(zip(letters, leaf.shape, strict=True))

@@ -6,6 +6,7 @@ Every builder tells all that does not fit of one weight's tensors: what is missi
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fmodels.arrays import Codec, Quantized
-from fmodels.codecs import Awq, Blocks, Bnb4, Bnb8, Gptq, Mxfp4, PackedBlocks
+from fmodels.codecs import Awq, AwqRows, Blocks, Bnb4, Bnb8, Gptq, Mxfp4, PackedBlocks
 from fmodels.weights.tensors import Tensor, brief, parse_json
 
 Options = Mapping[str, Any]
@@ -160,49 +161,62 @@ def _build_mxfp4(options: Options, group: Group) -> Packed | None:
 
 
 def _check_gptq(options: Options) -> list[str]:
-    problems = _only(options, bits=(2, 4, 8), checkpoint_format=("gptq", "gptq_v2"), format=("gptq", "gptq_v2"))
+    problems = _only(options, bits=(2, 3, 4, 8), checkpoint_format=("gptq", "gptq_v2"), format=("gptq", "gptq_v2"))
+    if options.get("bits") == 3 and _adds_one(options) and "gptqmodel" in json.dumps(options.get("meta")).lower():
+        # Its constants add 4, 1 and 2 to the zeros of three words in turn, where AutoGPTQ adds 1 to each.
+        problems.append("zeros of 3 bits that GPTQModel wrote in the format gptq are not supported; save it as gptq_v2")
     return problems + ([] if not options.get("dynamic") else ["dynamic: options of single modules are not supported"])
+
+
+def _adds_one(options: Options) -> bool:
+    return options.get("checkpoint_format", options.get("format", "gptq")) == "gptq"
 
 
 def _build_gptq(options: Options, group: Group) -> Packed | None:
     bits = options.get("bits", 4)
-    each = 32 // bits
     codes = group.expect("qweight", ("int32",), (None, None))
     if codes is None:
         return None
-    inputs, outputs = codes.shape[0] * each, codes.shape[1]
+    inputs, outputs = codes.shape[0] * 32 // bits, codes.shape[1]
     scales = group.expect("scales", FLOATS, (None, outputs))
     g_idx = group.expect("g_idx", ("int32",), (inputs,))
     if scales is None or g_idx is None:
         return None
     groups = scales.shape[0]
-    if group.expect("qzeros", ("int32",), (groups, outputs // each)) is None:
+    if group.expect("qzeros", ("int32",), (groups, outputs * bits // 32)) is None:
         return None
     numbers = g_idx.array()
-    if outputs % each or not ((numbers >= 0) & (numbers < groups)).all():
+    if outputs * bits % 32 or inputs * bits % 32 or not ((numbers >= 0) & (numbers < groups)).all():
         return group.fail(f"'g_idx' has groups outside of 0 … {groups - 1}, or {outputs} outputs do not fill words")
-    codec = Gptq(bits, options.get("checkpoint_format", options.get("format", "gptq")) == "gptq")
+    codec = Gptq(bits, _adds_one(options))
     return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
 def _check_awq(options: Options) -> list[str]:
-    return _only(options, bits=(4,), version=("gemm", "GEMM"), format=("gemm",), zero_point=(True,))
+    forms = ("gemm", "GEMM", "gemv", "GEMV")
+    return _only(options, bits=(4,), version=forms, format=forms, zero_point=(True,))
 
 
 def _build_awq(options: Options, group: Group) -> Packed | None:
     codes = group.expect("qweight", ("int32",), (None, None))
     if codes is None:
         return None
-    inputs, words = codes.shape
+    by_rows = options.get("version", options.get("format", "gemm")).lower() == "gemv"
+    inputs, outputs = (codes.shape[1] * 8, codes.shape[0]) if by_rows else (codes.shape[0], codes.shape[1] * 8)
     size = options.get("group_size", options.get("q_group_size", 128))
     size = inputs if size == -1 else size
     if type(size) is not int or size < 1:
         return group.fail(f"group_size={brief(size)} is not a positive integer")
     groups = -(-inputs // size)
-    scales = group.expect("scales", FLOATS, (groups, words * 8))
-    if group.expect("qzeros", ("int32",), (groups, words)) is None or scales is None:
+    zeros = group.expect("qzeros", ("int32",), (outputs, None) if by_rows else (groups, outputs // 8))
+    wide = None if zeros is None else zeros.shape[-1] * 8
+    scales = group.expect("scales", FLOATS, (outputs if by_rows else groups, wide))
+    if zeros is None or wide is None or scales is None:
         return None
-    return packed_of(f"{group.stem}.weight", Awq(size), (words * 8, inputs), scales.dtype, group.tensors)
+    if by_rows and wide < groups:
+        return group.fail(f"'qzeros' has {wide} numbers of an output, expected at least {groups}")
+    codec = AwqRows(size) if by_rows else Awq(size)
+    return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
 def _build_bnb(options: Options, group: Group) -> Packed | None:
@@ -357,8 +371,8 @@ def check_options(options: Any) -> list[str]:
     """What of a `quantization_config` is not supported.
 
     Example:
-        >>> check_options({"quant_method": "gptq", "bits": 3})
-        ['bits=3 is not supported, only 2 or 4 or 8']
+        >>> check_options({"quant_method": "gptq", "bits": 5})
+        ['bits=5 is not supported, only 2 or 3 or 4 or 8']
     """
     method = options.get("quant_method") if isinstance(options, Mapping) else None
     if not isinstance(method, str) or method not in METHODS:

@@ -106,13 +106,9 @@ def _check_repeated(what: str, config: Any, arrays: Mapping[str, np.ndarray]) ->
 
 def disk_arrays(params: fm.Params, config: Any, what: str, *, tied: bool = False) -> dict[str, np.ndarray]:
     """The tensors by their names on disk, as numpy arrays, which are views of the tree where the layout allows it."""
-    flat = fm.tree.flatten(params)
-    strange = [path for path, leaf in flat.items() if not isinstance(leaf, jax.Array | np.ndarray)]
-    if strange:
-        kinds = ", ".join(f"{path!r} is a {type(flat[path]).__name__}" for path in strange[:20])
-        raise ValueError(f"{what}: {len(strange)} leaves are not plain arrays: {kinds}; dequantize or merge them first")
+    fm.arrays.check_plain(what, params)
     fm.check(params, config)
-    host = fm.tree.unflatten({path: np.asarray(leaf) for path, leaf in flat.items()})
+    host = fm.tree.map_leaves(lambda path, leaf: np.asarray(leaf), params)
     return fm.to_disk(host, config, tied=tied, module=True)
 
 

@@ -45,6 +45,8 @@ def to_torch(params: fm.Params, config: Any) -> dict[str, Tensor]:
         True
     """
     fm.check(params, config)
+    if any(hasattr(leaf, "dequantize") for leaf in fm.tree.flatten(params).values()):
+        fm.arrays.check_plain("to_torch", params)
     arrays = fm.to_disk(fm.tree.map_leaves(on_host, params), config, tied=True, module=True)
     shared: dict[Any, Tensor] = {}
     for array in arrays.values():
@@ -100,9 +102,9 @@ def from_torch(source: Mapping[str, Tensor] | nn.Module, config: Any) -> fm.Para
         )
     stacked = fm.tree.is_stacked(params)
 
-    def own(path: str, leaf: np.ndarray) -> jax.Array:
+    def own(path: str, leaf: Any) -> Any:
         fresh = stacked and "layers" in path.split(".")  # stacking has copied; the others are views of PyTorch's memory
-        return jnp.asarray(leaf) if fresh else jnp.array(leaf, copy=True)
+        return jax.tree.map(lambda part: jnp.asarray(part) if fresh else jnp.array(part, copy=True), leaf)
 
     return jax.block_until_ready(fm.tree.map_leaves(own, params))
 

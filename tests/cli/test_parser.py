@@ -14,7 +14,7 @@ from tests.cli.folders import names
 
 ROOT = Path(__file__).parents[2]
 TINY = fm.assets.TINY_LLAMA
-COMMANDS = "demo info generate convert verify resize prune push bench".split()
+COMMANDS = "demo info generate convert export verify resize prune push bench".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,7 +77,7 @@ def test_as_a_process(tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        ["info", "{}"], ["generate", "{}", "--tokens", "1"], ["convert", "{}", "{}-new"], ["verify", "{}"],
+        ["info", "{}"], ["generate", "{}", "--tokens", "1"], ["convert", "{}", "{}-new"], ["export", "{}", "{}-new"], ["verify", "{}"],
         ["resize", "{}", "{}-new", "70"], ["prune", "{}", "{}-new", "--heads", "0:0,1,2"], ["push", "{}", "me/model"],
     ],
     ids=lambda args: args[0],

@@ -295,7 +295,7 @@ def test_sharding_by_letters():
 def test_transforms_ask_to_dequantize(tmp_path):
     params, config = fm.load(GOLDENS / "ints")
     for change in (lambda p: fm.prune_heads(p, config, {0: [1]}), lambda p: fm.mask_heads(p, config, {0: [1]})):
-        with pytest.raises(NotImplementedError, match="use dequantize first"):
+        with pytest.raises(NotImplementedError, match=r"use fm\.dequantize\(params\) first"):
             change(params)
         change(fm.dequantize(params))
     with pytest.raises(TypeError, match="dequantize: expected a floating dtype"):
@@ -371,8 +371,9 @@ def test_all_that_does_not_fit_is_told(name):
     ("options", "message"),
     [
         ({"quant_method": "aqlm"}, "quant_method='aqlm' is not supported; one of fp8, mxfp4, gptq, awq, bitsandbytes"),
-        ({"quant_method": "gptq", "bits": 3}, "bits=3 is not supported, only 2 or 4 or 8"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv' is not supported"),
+        ({"quant_method": "gptq", "bits": 5}, "bits=5 is not supported, only 2 or 3 or 4 or 8"),
+        ({"quant_method": "gptq", "bits": 3, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}, "save it as gptq_v2"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "version='gemv_fast' is not supported"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format='marlin-24' is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [0, 1]},
