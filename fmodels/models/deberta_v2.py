@@ -199,6 +199,7 @@ WEIGHTS = _encoder.weights(
             r"/pos_query_proj/": "/pos_q_proj/",
         },
         holds={"cls": "/embeddings/"},
+        bare={"sequence-classification": "cls_dropout"},
     ),
 )  # fmt: skip
 

@@ -23,13 +23,13 @@ class Format:
     """A format.
 
     Attributes:
-        module: of `fmodels.weights`, with `read(path) -> (tensors, metadata)` and, if it can be written,
-            `write(path, tensors, metadata, *, advance)`; imported when it is used.
+        module: of `fmodels.weights`, with `read(path) -> (tensors, metadata)` and `write(path, tensors, metadata, *, advance)`;
+            imported when it is used.
         stem: of the file's name in a folder.
         suffix: of that name.
         dialect: whose names the tensors have, if the metadata of the file do not tell: a key of `fmodels.dialects`.
         others: regular expression of further names that such a file may have.
-        writable: whether it can be written.
+        beside: the ending of a file that is written beside, and belongs to it.
         sharded: whether it may be several files.
         directory: whether it is a folder of files.
     """
@@ -39,7 +39,7 @@ class Format:
     suffix: str
     dialect: str = "pt"
     others: str | None = None
-    writable: bool = True
+    beside: str | None = None
     sharded: bool = True
     directory: bool = False
 
@@ -63,6 +63,10 @@ class Format:
         """The name of the file when there is one."""
         return self._stem(variant) + _dotted(self.suffix)
 
+    def files(self, variant: str | None = None) -> list[str]:
+        """The names of all that is written when there is one: what belongs to the file, then the file."""
+        return [self._stem(variant) + _dotted(self.beside)] * (self.beside is not None) + [self.single(variant)]
+
     def index(self, variant: str | None = None) -> str:
         """The name of the index when there are several."""
         return f"{self.stem}.{self.suffix}.index{_dotted(variant)}.json"
@@ -74,7 +78,7 @@ class Format:
     def owns(self, name: str, variant: str | None = None) -> bool:
         """Whether a file of that name is weights of this format and variant, as `save` names them."""
         shard = rf"{re.escape(self._stem(variant))}-\d{{5}}-of-\d{{5}}\.{self.suffix}"
-        if name == self.single(variant):
+        if name in self.files(variant):
             return True
         return self.sharded and (name == self.index(variant) or re.fullmatch(shard, name) is not None)
 
@@ -106,7 +110,7 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
         "index",
         dialect="tf-original",
         others=r".+\.ckpt[\w.-]*\.index",
-        writable=False,
+        beside="data-00000-of-00001",
         sharded=False,
     ),
     "npz": Format("npz", "model", "npz", sharded=False),

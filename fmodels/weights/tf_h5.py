@@ -194,13 +194,13 @@ def in_shard(name: str) -> str:
 
 
 def _layers(tensors: Mapping[str, Tensor], stated: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Layer -> the variables that it holds, of those that are there; layers without any are left out."""
+    """Layer -> the variables that it holds, of those that are there; layers of which none is there are left out."""
     layers = {layer: [name for name in names if name in tensors] for layer, names in stated.items()}
     held = {name for names in layers.values() for name in names}
     for name in tensors:
         if name not in held:
             layers.setdefault(re.sub(r":\d+$", "", (name.split("/") * 2)[1]), []).append(name)
-    return {layer: names for layer, names in layers.items() if names}
+    return {layer: names for layer, names in layers.items() if names or not stated[layer]}
 
 
 def _put(group: Any, name: str, tensor: Tensor) -> None:
