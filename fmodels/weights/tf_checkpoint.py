@@ -120,7 +120,9 @@ def write(
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in NUMBERS:
-            raise ValueError(f'write: tensor {name!r} is {tensor.dtype}, which TensorFlow does not have; cast it to "float32"')
+            raise ValueError(
+                f'write: tensor {name!r} is {tensor.dtype}, which TensorFlow does not have; cast it to "float32"'
+            )
         if not 0 < len(name.encode(errors="replace")) < MAX_NAME or not name.isprintable():
             raise ValueError(f"write: {brief(name)} cannot be the name of a variable; rename it")
     entries = {b"": _field(1, 1) + _field(3, _field(1, 1))}  # one data file; the version of the form
@@ -301,7 +303,8 @@ def _as_block(entries: Mapping[bytes, bytes]) -> bytes:
         if number and number % RESTART == 0:
             restarts.append(len(out))
             last = b""
-        shared = len(os.path.commonprefix([last, key]))
+        differ = (i for i, (a, b) in enumerate(zip(last, key, strict=False)) if a != b)
+        shared = next(differ, min(len(last), len(key)))
         out += _as_varint(shared) + _as_varint(len(key) - shared) + _as_varint(len(value)) + key[shared:] + value
         last = key
     return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))

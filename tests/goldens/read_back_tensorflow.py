@@ -11,6 +11,7 @@ compares what is written today.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -143,10 +144,14 @@ def read(folder: Path) -> None:
             bad = lost or any(problems.values()) or gap > TOLERANCE or record.get(name, found) != found
             record[name] = found
             wrong += [f"{name} {kind}"] if bad else []
-            print(f"{name} {kind}: {len(model.weights)} variables, {gap:.1e}", (lost, problems) if bad else "", flush=True)
+            print(
+                f"{name} {kind}: {len(model.weights)} variables, {gap:.1e}", (lost, problems) if bad else "", flush=True
+            )
         if name in ORIGINALS:
-            path = folder / name / "tf-checkpoint" / "model.ckpt.index"
-            again = type(theirs).from_pretrained(path, from_tf=True, config=theirs.config, **options).state_dict()
+            class_ = type(theirs)  # whose from_pretrained(from_tf=True) gives `load_tf_weights` a model without memory
+            prefix = str(folder / name / "tf-checkpoint" / "model.ckpt")
+            with contextlib.redirect_stdout(None):
+                again = class_.load_tf_weights(class_(theirs.config), theirs.config, prefix).state_dict()
             differ = [key for key, tensor in theirs.state_dict().items() if not torch.equal(again[key], tensor)]
             wrong += [f"{name} tf-checkpoint"] if differ else []
             print(f"{name} tf-checkpoint: {len(again)} tensors, {len(differ)} differ {differ}", flush=True)
