@@ -138,7 +138,7 @@ def read(folder: Path) -> None:
             gap = difference(name, model(**{key: tf.constant(value) for key, value in inputs(name).items()}), want)
             lost = [key for keys in info.values() for key in keys if not NUMBERED.fullmatch(key)]
             variables = {weight.name: weight.numpy() for weight in model.weights}
-            if name.startswith("MPNetFor"):
+            if getattr(theirs.base_model, "pooler", None) is None:
                 variables = {key: value for key, value in variables.items() if NOT_IN_TORCH not in key}
             found = digest(variables)
             bad = lost or any(problems.values()) or gap > TOLERANCE or record.get(name, found) != found

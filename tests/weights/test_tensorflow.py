@@ -23,9 +23,11 @@ from fmodels.checkpoint import disk_tensors
 from fmodels.models import family
 from fmodels.weights import Tensor, read_file, read_folder, rules, safetensors, tf_checkpoint, tf_h5
 from fmodels.weights.crc32c import crc32c, masked
+from tests.goldens import read_back_tensorflow
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tensorflow"
 TABLE = json.loads(gzip.decompress((GOLDENS / "variables.json.gz").read_bytes()))
+READ_BACK = json.loads(read_back_tensorflow.RECORD.read_text())
 EXPECTED = np.load(GOLDENS / "expected.npz")
 H5 = ("gpt2", "gpt2_sharded", "bert", "t5", "bart", "albert")
 ORIGINALS = ("bert_original", "albert_original")
@@ -143,6 +145,18 @@ def test_h5_of_transformers(tmp_path, name):
     full = {key.split(":")[0]: tensor for key, tensor in dialects.write(torch, config, "tf").items()}
     short = {tf_h5.in_shard(key) if many else key: tensor for key, tensor in full.items()}
     assert {key.split(":")[0]: key for key in raw}.keys() == short.keys()
+
+
+@pytest.mark.parametrize("architecture", TABLE)
+def test_written_as_transformers_read_it(tmp_path, architecture):
+    """What the TensorFlow class read from our files, and computed the right logits with, is what is written today."""
+    params, config = read_back_tensorflow.model_of(TABLE[architecture]["config"])
+    fm.save(params, config, tmp_path, format="tf")
+    found = {}
+    with h5py.File(tmp_path / "tf_model.h5") as file:
+        for layer in file.attrs["layer_names"]:
+            found |= {name: file[layer][name][()] for name in file[layer].attrs["weight_names"]}
+    assert read_back_tensorflow.digest(found) == READ_BACK[architecture]
 
 
 def test_safetensors_of_tensorflow(tmp_path):
