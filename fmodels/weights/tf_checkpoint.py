@@ -166,7 +166,7 @@ def _tensor(name: str, entry: dict[int, list], data: list[File]) -> Tensor | Non
     if 7 in entry:
         raise ValueError("it is cut in slices; load it with TensorFlow and save it whole")
     dtype = np.dtype(DTYPES[kind])
-    shape = [_integer(_message(dim), 1) for dim in _message(_bytes(entry, 2)).get(2, [])]
+    shape = [_integer(_message(dim), 1) for dim in _message(entry.get(2, [b""])[-1]).get(2, [])]
     if problem := shape_problem(shape, dtype.itemsize):
         raise ValueError(problem)
     number, offset, size = (_integer(entry, key) for key in (3, 4, 5))
@@ -239,8 +239,10 @@ def _varint(raw: bytes, position: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def _message(raw: bytes) -> dict[int, list]:
+def _message(raw: bytes | int) -> dict[int, list]:
     """The fields of a protocol buffer: number -> values, integers or bytes."""
+    if not isinstance(raw, bytes):
+        raise ValueError(f"the number {raw} in place of a message")
     fields: dict[int, list] = {}
     position = 0
     while position < len(raw):
@@ -266,13 +268,6 @@ def _integer(fields: dict[int, list], number: int) -> int:
     value = fields.get(number, [0])[-1]
     if not isinstance(value, int) or value >= 2**63:
         raise ValueError(f"field {number} is no size")
-    return value
-
-
-def _bytes(fields: dict[int, list], number: int) -> bytes:
-    value = fields.get(number, [b""])[-1]
-    if not isinstance(value, bytes):
-        raise ValueError(f"field {number} is no message")
     return value
 
 

@@ -322,6 +322,16 @@ def test_hostile_h5(tmp_path, kind):
         read_file(tmp_path / "tf_model.h5")
 
 
+def test_heaps_in_which_hdf5_searches_for_ever(tmp_path):
+    """A free piece of no bytes, which the library takes again and again; by the fuzzer."""
+    raw = bytearray((GOLDENS / "gpt2" / "tf_model.h5").read_bytes())
+    heap = raw.index(b"GCOL")
+    raw[heap + 16 : heap + 32] = bytes(16)
+    (tmp_path / "tf_model.h5").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"^read: .*an entry of 0 bytes in the heap"):
+        read_file(tmp_path / "tf_model.h5")
+
+
 FILES = {"tf_model.h5": GOLDENS / "gpt2", "model.ckpt.index": GOLDENS / "bert_original"}
 
 
@@ -382,6 +392,8 @@ def entry(dtype=1, shape=(2,), shard=0, offset=0, size=8, more=b""):
         ({"offset": 2**63}, "no size"),
         ({"shard": 3}, "data file 3 of 1"),
         ({"more": b"\x3a\x00"}, "slices"),
+        ({"more": b"\x12\x02\x10\x01"}, "the number 1 in place of a message"),  # an axis of the shape; by the fuzzer
+        ({"more": b"\x10\x01"}, "the number 1 in place of a message"),
     ],
 )
 def test_lying_indexes(tmp_path, fields, message):
