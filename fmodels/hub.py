@@ -214,7 +214,8 @@ def stale_patterns(format: str, variant: str | None = None) -> list[str]:
     kinds = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     patterns: list[str] = []
     for kind in kinds:
-        patterns += [f"{kind.single(variant)}/*"] if kind.directory else kind.candidates(variant)
+        names = dict.fromkeys([*kind.files(variant), *kind.candidates(variant)])
+        patterns += [f"{kind.single(variant)}/*"] if kind.directory else names
         patterns += [kind.shard(0, 0, variant).replace("0" * 5, "?" * 5)] if kind.sharded else []
     return patterns
 

@@ -103,7 +103,7 @@ def formats() -> str:
     for name, kind in FORMATS.items():
         single = f"`{kind.single()}`" if kind.others is None else f"`*.{kind.suffix}`"
         single += "/" if kind.directory else f", sharded with `{kind.index()}`" if kind.sharded and kind.indexed else ""
-        rows.append(f"| {name} | {single} | yes | {'yes' if kind.writable else 'no'} |")
+        rows.append(f"| {name} | {single} | yes | yes |")
     return "\n".join(rows)
 
 

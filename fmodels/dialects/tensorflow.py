@@ -130,6 +130,7 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
     for layer in layers.keys() & about.holds.keys():
         layers[layer] += [name for name in names if re.search(about.holds[layer], name) and name not in layers[layer]]
     full = {layer: [_full(name, config) for name in members] for layer, members in layers.items()}
+    full |= {layer: [] for task, layer in about.bare.items() if task == config.task}
     return {**(given or {}), "layers": full}
 
 

@@ -191,7 +191,7 @@ WEIGHTS = _encoder.weights(
     ignored=(r"embeddings\.position_embeddings\.weight$", r"^mask_predictions\."),
     tensorflow=TensorFlow(
         names={r"rel_embeddings/embeddings$": "rel_embeddings.weight", "/pos_key_proj/": "/pos_proj/", "/pos_query_proj/": "/pos_q_proj/"},
-        holds={"cls": "/embeddings/"},
+        holds={"cls": "/embeddings/"}, bare={"sequence-classification": "cls_dropout"},
     ),
 )  # fmt: skip
 

@@ -90,7 +90,11 @@ WEIGHTS = _encoder.weights(
         computed={"@encoder.embed_positions.weight": angles},
         lacks={"is_narrow": "a projection of embeddings that are smaller than the hidden states"},
     ),
-    tensorflow=TensorFlow(names={r"^cls/": "mlm___cls/"}, holds={"mlm___cls": "/embeddings/"}),
+    tensorflow=TensorFlow(
+        names={r"^cls/": "mlm___cls/"},
+        holds={"mlm___cls": "/embeddings/"},
+        bare={"multiple-choice": "sequence_summary"},
+    ),
 )  # fmt: skip
 
 FAMILY = _encoder.family(Config, WEIGHTS)

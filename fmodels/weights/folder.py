@@ -179,8 +179,9 @@ def write_folder(
 
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     # What makes the folder a new checkpoint comes last: the index, or the file that stands for all.
-    indexed = len(named) > 1 and FORMATS[format].indexed
-    order = [*named, *files] if indexed else [*files, *reversed(named)]
+    kind = FORMATS[format]
+    weights = [*reversed(named)] if len(named) > 1 else kind.files(variant)
+    order = [*named, *files] if len(named) > 1 and kind.indexed else [*files, *weights]
     commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
 
 
@@ -221,9 +222,6 @@ def _arrange(
     files: Mapping[str, bytes],
 ) -> tuple[dict[str, Tensors], dict[str, bytes]]:
     """Name of each file of weights -> its tensors; and the other files, with the index if there is one."""
-    if not kind.writable:
-        known = ", ".join(name for name, other in FORMATS.items() if other.writable)
-        raise ValueError(f"write: a file such as {kind.single()!r} can only be read; use one of {known}")
     if variant is not None and not re.fullmatch(r"\w[\w.-]*", variant):
         raise ValueError(f"write: variant {variant!r} cannot be part of a file name; use letters and digits")
     if wrong := [name for name in files if not _is_inside(name) or any(f.owns(name) for f in FORMATS.values())]:

@@ -25,13 +25,13 @@ class Format:
     """A format.
 
     Attributes:
-        module: of `fmodels.weights`, with `read(path) -> (tensors, metadata)` and, if it can be written,
-            `write(path, tensors, metadata, *, advance)`; imported when it is used.
+        module: of `fmodels.weights`, with `read(path) -> (tensors, metadata)` and `write(path, tensors, metadata, *, advance)`;
+            imported when it is used.
         stem: of the file's name in a folder.
         suffix: of that name.
         dialect: whose names the tensors have, if the metadata of the file do not tell: a key of `fmodels.dialects`.
         others: regular expression of further names that such a file may have.
-        writable: whether it can be written.
+        beside: the ending of a file that is written beside, and belongs to it.
         sharded: whether it may be several files.
         indexed: whether an index then says which tensor is in which; else the first of them stands for all.
         shard_size: of what is written, if nothing else is asked for; None for one file.
@@ -44,7 +44,7 @@ class Format:
     suffix: str
     dialect: str = "pt"
     others: str | None = None
-    writable: bool = True
+    beside: str | None = None
     sharded: bool = True
     indexed: bool = True
     shard_size: str | None = "5GB"
@@ -83,6 +83,10 @@ class Format:
         """The name of the file when there is one."""
         return self._stem(variant) + _dotted(self.suffix)
 
+    def files(self, variant: str | None = None) -> list[str]:
+        """The names of all that is written when there is one: what belongs to the file, then the file."""
+        return [self._stem(variant) + _dotted(self.beside)] * (self.beside is not None) + [self.single(variant)]
+
     def index(self, variant: str | None = None) -> str:
         """The name of the index when there are several."""
         return f"{self.stem}.{self.suffix}.index{_dotted(variant)}.json"
@@ -93,7 +97,9 @@ class Format:
 
     def owns(self, name: str, variant: str | None = None) -> bool:
         """Whether a file of that name is weights of this format and variant, as `save` names them."""
-        return name in self.candidates(variant) or (self.sharded and self._is_shard(name, r"\d{5}", variant))
+        if name in (*self.files(variant), *self.candidates(variant)):
+            return True
+        return self.sharded and self._is_shard(name, r"\d{5}", variant)
 
     def candidates(self, variant: str | None = None) -> list[str]:
         """The names to look for: the file, then the index."""
@@ -143,7 +149,7 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
         "index",
         dialect="tf-original",
         others=r".+\.ckpt[\w.-]*\.index",
-        writable=False,
+        beside="data-00000-of-00001",
         sharded=False,
     ),
     "npz": Format("npz", "model", "npz", sharded=False),

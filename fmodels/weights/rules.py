@@ -317,6 +317,7 @@ class TensorFlow:
         unread: name of a variable that nothing reads -> the one of which it is a copy.
         outside: names' first parts that stand in place of the model's part, too.
         holds: layer of the model -> regular expression of the names of other layers that it holds, too.
+        bare: task -> layer without variables that transformers misses if the file does not name it.
         original: regular expression -> replacement, from PyTorch's names to those of the family's first checkpoints, which
             were TensorFlow's.
     """
@@ -329,6 +330,7 @@ class TensorFlow:
     unread: Mapping[str, str] = dataclasses.field(default_factory=dict)
     outside: tuple[str, ...] = ()
     holds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bare: Mapping[str, str] = dataclasses.field(default_factory=dict)
     original: Mapping[str, str] | None = None
 
 

@@ -1,23 +1,35 @@
-"""Checkpoints of TensorFlow 1 and 2, `model.ckpt.index` beside `model.ckpt.data-00000-of-00001`, read without TensorFlow.
+"""Checkpoints of TensorFlow 1 and 2, `model.ckpt.index` beside `model.ckpt.data-00000-of-00001`, without TensorFlow.
 
-The index is a table of LevelDB: sorted names, each with dtype, shape and place in a data file, where the numbers lie as they
-are. Only read: TensorFlow itself refuses data without a checksum, and nothing but the first BERTs needs such files.
-Source: tensorflow/core/util/tensor_bundle, tensorflow/core/lib/io/table (format.cc, block.cc), tensor_bundle.proto.
+The index is a table of LevelDB: sorted names, each with dtype, shape, place in a data file and checksum; the numbers lie in
+the data file as they are. What is written is what TensorFlow's `SaveV2` writes, byte for byte, a tensor at a time.
+Source: tensorflow/core/util/tensor_bundle, tensorflow/core/lib/io (format.cc, block.cc, block_builder.cc, table_builder.cc),
+tensor_bundle.proto.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from fmodels.weights.tensors import File, Tensor, brief, is_lfs_pointer, lfs_error, listing, parse_json, shape_problem
+from fmodels.weights.crc32c import crc32c, masked
+from fmodels.weights.tensors import (
+    File,
+    Tensor,
+    as_bytes,
+    brief,
+    is_lfs_pointer,
+    lfs_error,
+    listing,
+    parse_json,
+    replacing,
+    shape_problem,
+)
 
 MAGIC = 0xDB4775248B80FB57
 MAX_INDEX = 256 * 2**20  # bytes; that of a model with 100 000 tensors has 10 MB
@@ -27,9 +39,12 @@ DTYPES = {
     24: ml_dtypes.float8_e5m2, 25: ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
 """The numbers of `tensorflow.DataType`."""
+NUMBERS = {np.dtype(dtype): number for number, dtype in DTYPES.items()}
 STRING = 7
 GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"  # how TensorFlow 2 describes the objects that were saved; text and no tensor
 CONFIGS = ("bert_config.json", "albert_config.json")
+MAX_NAME = 2**16  # bytes
+RESTART = 16  # entries of a block, of which the first has its whole key
 AGAIN = "copy or download it again"
 
 
@@ -77,11 +92,63 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, {name: parse_json(content, f"read: {name} beside {str(path)!r}") for name, content in there.items()}
 
 
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    advance: Callable[[int], object] | None = None,
+) -> None:
+    """Writes the data file of a checkpoint, one tensor at a time, then its index, which makes it one.
+
+    Args:
+        path: the file `….index`.
+        tensors: by the variables' names.
+        metadata: as of other formats; the index has no place for any.
+        advance: called with the number of bytes written after each tensor.
+
+    Raises:
+        ValueError: a dtype or name that the format does not have.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/model.ckpt.index"
+        >>> write(path, {"dense/bias": Tensor.lazy("", np.float32, (3,), lambda: np.ones(3, np.float32))})
+        >>> tensors, _ = read(path)
+        >>> tensors["dense/bias"].array()
+        array([1., 1., 1.], dtype=float32)
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            raise ValueError(
+                f'write: tensor {name!r} is {tensor.dtype}, which TensorFlow does not have; cast it to "float32"'
+            )
+        if not 0 < len(name.encode(errors="replace")) < MAX_NAME or not name.isprintable():
+            raise ValueError(f"write: {brief(name)} cannot be the name of a variable; rename it")
+    entries = {b"": _field(1, 1) + _field(3, _field(1, 1))}  # one data file; the version of the form
+    with replacing(_data_names(Path(path), 1)[0]) as out:
+        for name in sorted(tensors, key=str.encode):
+            tensor, offset = tensors[name], out.tell()
+            raw = as_bytes(tensor)
+            out.write(raw)
+            shape = b"".join(_field(2, _field(1, size)) for size in tensor.shape)
+            entry = _field(1, NUMBERS[tensor.dtype]) + _field(2, shape) + _field(4, offset) + _field(5, len(raw))
+            entries[name.encode()] = entry + b"\x35" + struct.pack("<I", masked(crc32c(raw)))
+            if advance is not None:
+                advance(tensor.nbytes)
+    with replacing(path) as out:
+        out.write(_as_table(entries))
+
+
+def _data_names(path: Path, count: int) -> list[Path]:
+    stem = path.name.removesuffix(".index")
+    return [path.with_name(f"{stem}.data-{i:05d}-of-{count:05d}") for i in range(count)]
+
+
 def _data_files(path: Path, count: int) -> list[File]:
     if not 1 <= count <= 10_000:
         raise ValueError(f"it has {count} data files")
-    stem = path.name.removesuffix(".index")
-    names = [path.with_name(f"{stem}.data-{i:05d}-of-{count:05d}") for i in range(count)]
+    names = _data_names(path, count)
     if missing := [name.name for name in names if not name.is_file()]:
         raise FileNotFoundError(
             f"read: {str(path)!r} needs the data files {listing(missing)} beside it; copy or download them, too"
@@ -99,7 +166,7 @@ def _tensor(name: str, entry: dict[int, list], data: list[File]) -> Tensor | Non
     if 7 in entry:
         raise ValueError("it is cut in slices; load it with TensorFlow and save it whole")
     dtype = np.dtype(DTYPES[kind])
-    shape = [_integer(_message(dim), 1) for dim in _message(_bytes(entry, 2)).get(2, [])]
+    shape = [_integer(_message(dim), 1) for dim in _message(entry.get(2, [b""])[-1]).get(2, [])]
     if problem := shape_problem(shape, dtype.itemsize):
         raise ValueError(problem)
     number, offset, size = (_integer(entry, key) for key in (3, 4, 5))
@@ -144,7 +211,7 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
             "it is compressed, which TensorFlow's own writer never does; load it with TensorFlow and save it again"
         )
     (checksum,) = struct.unpack_from("<I", raw, offset + size + 1)
-    if _masked(_crc32c(raw[offset : offset + size + 1])) != checksum:
+    if masked(crc32c(raw[offset : offset + size + 1])) != checksum:
         raise ValueError(f"the checksum of the block at {offset} is wrong")
     (restarts,) = struct.unpack_from("<I", block, size - 4)
     end, position, key = size - 4 - 4 * restarts, 0, b""
@@ -154,7 +221,7 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         shared, position = _varint(block, position)
         own, position = _varint(block, position)
         length, position = _varint(block, position)
-        if shared > len(key) or position + own + length > end or shared + own > 2**16:
+        if shared > len(key) or position + own + length > end or shared + own > MAX_NAME:
             raise ValueError(f"the block at {offset} has an entry that is too long")
         key = key[:shared] + block[position : position + own]
         position += own + length
@@ -172,8 +239,10 @@ def _varint(raw: bytes, position: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def _message(raw: bytes) -> dict[int, list]:
+def _message(raw: bytes | int) -> dict[int, list]:
     """The fields of a protocol buffer: number -> values, integers or bytes."""
+    if not isinstance(raw, bytes):
+        raise ValueError(f"the number {raw} in place of a message")
     fields: dict[int, list] = {}
     position = 0
     while position < len(raw):
@@ -202,37 +271,50 @@ def _integer(fields: dict[int, list], number: int) -> int:
     return value
 
 
-def _bytes(fields: dict[int, list], number: int) -> bytes:
-    value = fields.get(number, [b""])[-1]
-    if not isinstance(value, bytes):
-        raise ValueError(f"field {number} is no message")
-    return value
+# What is written is the inverse.
 
 
-@functools.cache
-def _steps() -> list[int]:
-    """CRC-32C of each byte."""
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
+def _as_table(entries: Mapping[bytes, bytes]) -> bytes:
+    """A table of LevelDB with one block, whatever its size: `entries` must be sorted."""
+    block = _as_block(entries)
+    last = [*entries][-1]
+    index = _as_block({bytes([last[0] + 1]) if last else b"": _handle(0, block)})  # a name after all of the block's
+    nothing = _as_block({})
+    places, end = b"", len(block) + 5
+    for other in (nothing, index):
+        places += _handle(end, other)
+        end += len(other) + 5
+    closed = [part + b"\0" + struct.pack("<I", masked(crc32c(part + b"\0"))) for part in (block, nothing, index)]
+    return b"".join(closed) + places.ljust(40, b"\0") + struct.pack("<Q", MAGIC)
 
 
-def _crc32c(raw: bytes) -> int:
-    """The checksum that LevelDB has (Castagnoli's).
-
-    Example:
-        >>> hex(_crc32c(b"123456789"))
-        '0xe3069283'
-    """
-    table, value = _steps(), 0xFFFFFFFF
-    for byte in raw:
-        value = table[(value ^ byte) & 255] ^ value >> 8
-    return value ^ 0xFFFFFFFF
+def _handle(offset: int, block: bytes) -> bytes:
+    return _as_varint(offset) + _as_varint(len(block))
 
 
-def _masked(value: int) -> int:
-    """As LevelDB stores a checksum."""
-    return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _as_block(entries: Mapping[bytes, bytes]) -> bytes:
+    out, restarts, last = bytearray(), [0], b""
+    for number, (key, value) in enumerate(entries.items()):
+        if number and number % RESTART == 0:
+            restarts.append(len(out))
+            last = b""
+        differ = (i for i, (a, b) in enumerate(zip(last, key, strict=False)) if a != b)
+        shared = next(differ, min(len(last), len(key)))
+        out += _as_varint(shared) + _as_varint(len(key) - shared) + _as_varint(len(value)) + key[shared:] + value
+        last = key
+    return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer; nothing for the integer 0, which is what a missing one means."""
+    if isinstance(value, bytes):
+        return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
+    return _as_varint(number << 3) + _as_varint(value) if value else b""
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])

@@ -9,8 +9,10 @@ Source: keras 2.15, `saving/legacy/hdf5_format.py`; transformers 4.57.6, `modeli
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -31,6 +33,7 @@ from fmodels.weights.tensors import (
 )
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
+HEAP = b"GCOL\x01\0\0\0"  # how one begins, with the version of its form
 LIMIT = 64512  # bytes of an attribute; longer lists of names are split
 MAX_NAMES = 1_000_000
 AGAIN = "copy or download it again, or save it again with transformers' TensorFlow class"
@@ -71,10 +74,39 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         )
     try:
         # The descriptor, not the path, is opened: both readers see the same file.
-        with os.fdopen(os.dup(file.fd), "rb") as stream, h5py.File(stream, "r") as root:
+        with _Guarded(file) as stream, h5py.File(stream, "r") as root:
             return _read(root, file)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"read: {str(path)!r} is damaged ({brief(str(error))}); {AGAIN}") from None
+
+
+class _Guarded(io.FileIO):
+    """A file of which HDF5 gets no heap of texts whose sizes are wrong: in some of these it would search for ever."""
+
+    def __init__(self, file: File):
+        super().__init__(os.dup(file.fd))
+        self.file = file
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        start = self.tell()
+        count = super().readinto(buffer)
+        begin, end = max(0, start - len(HEAP) + 1), start + (count or 0) + len(HEAP) - 1
+        around = self.file.read(begin, end - begin)
+        for found in re.finditer(re.escape(HEAP), around):
+            self._check_heap(begin + found.start())
+        return count
+
+    def _check_heap(self, start: int) -> None:
+        """Walks over a heap: its own size, then entries, each with a number and its size; number 0 is what is free."""
+        (size,) = struct.unpack("<Q", self.file.read(start + len(HEAP), 8).ljust(8, b"\0"))
+        size = min(size, self.file.size - start)
+        position = 16
+        while size - position >= 16:
+            number, length = struct.unpack("<H6xQ", self.file.read(start + position, 16))
+            step = 16 + length + -length % 8 if number else length
+            if not 16 <= step <= size - position:
+                raise OSError(f"an entry of {length} bytes in the heap at byte {start}")
+            position += step
 
 
 def _read(root: Any, file: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -194,13 +226,13 @@ def in_shard(name: str) -> str:
 
 
 def _layers(tensors: Mapping[str, Tensor], stated: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Layer -> the variables that it holds, of those that are there; layers without any are left out."""
+    """Layer -> the variables that it holds, of those that are there; layers of which none is there are left out."""
     layers = {layer: [name for name in names if name in tensors] for layer, names in stated.items()}
     held = {name for names in layers.values() for name in names}
     for name in tensors:
         if name not in held:
             layers.setdefault(re.sub(r":\d+$", "", (name.split("/") * 2)[1]), []).append(name)
-    return {layer: names for layer, names in layers.items() if names}
+    return {layer: names for layer, names in layers.items() if names or not stated[layer]}
 
 
 def _put(group: Any, name: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,9 +22,12 @@ from fmodels import dialects
 from fmodels.checkpoint import disk_tensors
 from fmodels.models import family
 from fmodels.weights import Tensor, read_file, read_folder, rules, safetensors, tf_checkpoint, tf_h5
+from fmodels.weights.crc32c import crc32c, masked
+from tests.goldens import read_back_tensorflow
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tensorflow"
 TABLE = json.loads(gzip.decompress((GOLDENS / "variables.json.gz").read_bytes()))
+READ_BACK = json.loads(read_back_tensorflow.RECORD.read_text())
 EXPECTED = np.load(GOLDENS / "expected.npz")
 H5 = ("gpt2", "gpt2_sharded", "bert", "t5", "bart", "albert")
 ORIGINALS = ("bert_original", "albert_original")
@@ -143,6 +147,18 @@ def test_h5_of_transformers(tmp_path, name):
     assert {key.split(":")[0]: key for key in raw}.keys() == short.keys()
 
 
+@pytest.mark.parametrize("architecture", TABLE)
+def test_written_as_transformers_read_it(tmp_path, architecture):
+    """What the TensorFlow class read from our files, and computed the right logits with, is what is written today."""
+    params, config = read_back_tensorflow.model_of(TABLE[architecture]["config"])
+    fm.save(params, config, tmp_path, format="tf")
+    found = {}
+    with h5py.File(tmp_path / "tf_model.h5") as file:
+        for layer in file.attrs["layer_names"]:
+            found |= {name: file[layer][name][()] for name in file[layer].attrs["weight_names"]}
+    assert read_back_tensorflow.digest(found) == READ_BACK[architecture]
+
+
 def test_safetensors_of_tensorflow(tmp_path):
     """`safe_serialization=True` of a TensorFlow class: the names of shards, and `format` in the metadata."""
     tensors, _ = read_folder(GOLDENS / "t5")
@@ -155,7 +171,7 @@ def test_safetensors_of_tensorflow(tmp_path):
 
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_checkpoints_of_google(name, tmp_path):
-    """With nothing but `bert_config.json` beside; an optimizer's variables are left out."""
+    """With nothing but `bert_config.json` beside; an optimizer's variables are left out. The bytes are TensorFlow's."""
     params, config = logits(GOLDENS / name, name)
     raw, metadata = read_folder(GOLDENS / name)
     assert metadata["format"] == "tf-original"
@@ -165,10 +181,49 @@ def test_checkpoints_of_google(name, tmp_path):
     again = dialects.write(torch, config, "tf-original")
     same(dict(sorted(again.items())), kept)
     same(dialects.read(again, config, "tf-original"), torch)
-    with pytest.raises(ValueError, match="can only be read"):
-        fm.save(params, config, tmp_path, format="tf-checkpoint")
+    tf_checkpoint.write(tmp_path / "model.ckpt.index", raw)
+    for file in ("model.ckpt.index", "model.ckpt.data-00000-of-00001"):
+        assert (tmp_path / file).read_bytes() == (GOLDENS / name / file).read_bytes()
+    fm.save(params, config, tmp_path / "saved", format="tf-checkpoint")
+    same(read_folder(tmp_path / "saved")[0], kept)
     base, _ = fm.load(GOLDENS / name / "model.ckpt.index", task="base")
     assert (base["embed"]["tokens"] == params["embed"]["tokens"]).all()
+
+
+def test_checkpoints_that_tensorflow_reads(tmp_path):
+    """Every dtype and kind of shape, more names than a block has restarts, and an array of more than one block of checksums.
+
+    TensorFlow compares the checksums of what it reads, of the index and of each array.
+    """
+    import tensorflow as tf
+
+    arrays = {
+        f"of/{np.dtype(dtype)}": np.arange(6).reshape(2, 3).astype(dtype) for dtype in tf_checkpoint.DTYPES.values()
+    }
+    arrays |= {"scalar": np.float32(7), "empty": np.zeros((0, 3), np.int32), "transposed": np.ones((2, 300), "f4").T}
+    arrays["large/" + "x" * 300] = np.random.default_rng(0).random(700_001)
+    tensors = {name: as_tensor(np.asarray(array)) for name, array in arrays.items()}
+    sizes = []
+    tf_checkpoint.write(tmp_path / "model.ckpt.index", tensors, advance=sizes.append)
+    assert sum(sizes) == sum(tensor.nbytes for tensor in tensors.values())
+    reader = tf.train.load_checkpoint(str(tmp_path / "model.ckpt"))
+    assert reader.get_variable_to_shape_map() == {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name, array in arrays.items():
+        got = reader.get_tensor(name)
+        assert (got.dtype, got.tobytes()) == (array.dtype, array.tobytes()), name
+    same(tf_checkpoint.read(tmp_path / "model.ckpt.index")[0], dict(sorted(tensors.items())))
+
+
+def test_saving_over_an_older_checkpoint(case, tmp_path):
+    """Data and index are replaced together, and go when a format that is preferred is saved."""
+    loaded = case("bert/masked-lm")
+    fm.save(loaded.params, loaded.config, tmp_path, format="tf-checkpoint")
+    other = jax.tree.map(lambda leaf: leaf + 1, loaded.params)
+    fm.save(other, loaded.config, tmp_path, format="tf-checkpoint")
+    params, _ = fm.load(tmp_path)
+    assert (params["embed"]["tokens"] == other["embed"]["tokens"]).all()
+    fm.save(other, loaded.config, tmp_path, format="npz")
+    assert not list(tmp_path.glob("model.ckpt*"))
 
 
 def test_what_no_class_holds(tmp_path):
@@ -183,6 +238,10 @@ def test_what_no_class_holds(tmp_path):
     half = as_tensor(np.zeros(2, jnp.bfloat16))
     with pytest.raises(ValueError, match="bfloat16"):
         tf_h5.write(tmp_path / "a.h5", {"m/a/kernel:0": half})
+    with pytest.raises(ValueError, match="float4_e2m1fn, which TensorFlow does not have"):
+        tf_checkpoint.write(tmp_path / "a.index", {"a": as_tensor(np.zeros(2, ml_dtypes.float4_e2m1fn))})
+    with pytest.raises(ValueError, match="'' cannot be the name"):
+        tf_checkpoint.write(tmp_path / "a.index", {"": as_tensor(np.zeros(2))})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,6 +322,16 @@ def test_hostile_h5(tmp_path, kind):
         read_file(tmp_path / "tf_model.h5")
 
 
+def test_heaps_in_which_hdf5_searches_for_ever(tmp_path):
+    """A free piece of no bytes, which the library takes again and again; by the fuzzer."""
+    raw = bytearray((GOLDENS / "gpt2" / "tf_model.h5").read_bytes())
+    heap = raw.index(b"GCOL")
+    raw[heap + 16 : heap + 32] = bytes(16)
+    (tmp_path / "tf_model.h5").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"^read: .*an entry of 0 bytes in the heap"):
+        read_file(tmp_path / "tf_model.h5")
+
+
 FILES = {"tf_model.h5": GOLDENS / "gpt2", "model.ckpt.index": GOLDENS / "bert_original"}
 
 
@@ -296,7 +365,7 @@ def table(entries):
 
     def block(items):
         body = b"".join(b"\0" + varint(len(k)) + varint(len(v)) + k + v for k, v in items) + struct.pack("<II", 0, 1)
-        crc = tf_checkpoint._masked(tf_checkpoint._crc32c(body + b"\0"))
+        crc = masked(crc32c(body + b"\0"))
         return body + b"\0" + struct.pack("<I", crc), len(body)
 
     data, size = block(entries)
@@ -323,6 +392,8 @@ def entry(dtype=1, shape=(2,), shard=0, offset=0, size=8, more=b""):
         ({"offset": 2**63}, "no size"),
         ({"shard": 3}, "data file 3 of 1"),
         ({"more": b"\x3a\x00"}, "slices"),
+        ({"more": b"\x12\x02\x10\x01"}, "the number 1 in place of a message"),  # an axis of the shape; by the fuzzer
+        ({"more": b"\x10\x01"}, "the number 1 in place of a message"),
     ],
 )
 def test_lying_indexes(tmp_path, fields, message):
