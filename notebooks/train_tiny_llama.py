@@ -353,6 +353,7 @@ A few files carry notices of their authors in addition. The weights are under Ap
 
 ```python
 import fmodels as fm
+
 params, config = fm.load("tiny-llama")
 ```
 

@@ -168,18 +168,18 @@ def write_folder(
         model.safetensors.index.json
     """
     check_format(format, verb="write")
-    named, files = _arrange(tensors, FORMATS[format], max_shard_size, variant, files or {})
+    kind = FORMATS[format]
+    named, files = _arrange(tensors, kind, max_shard_size, variant, files or {})
 
     def fill(stage: Path) -> None:
         from tqdm import tqdm
 
         total = sum(tensor.nbytes for tensor in tensors.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="save", disable=None if progress else True) as bar:
-            _fill(stage, FORMATS[format], named, files, metadata, bar.update)
+            _fill(stage, kind, named, files, metadata, bar.update)
 
     preferred = list(FORMATS.values())[: list(FORMATS).index(format) + 1]
     # What makes the folder a new checkpoint comes last: the index, or the file that stands for all.
-    kind = FORMATS[format]
     weights = [*reversed(named)] if len(named) > 1 else kind.files(variant)
     order = [*named, *files] if len(named) > 1 and kind.indexed else [*files, *weights]
     commit(Path(folder), fill, order, lambda name: any(other.owns(name, variant) for other in preferred))
