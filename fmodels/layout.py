@@ -265,7 +265,7 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
     flat = tree.flatten(params)
     stacked = tree.is_stacked(params)
     weights = family(config).weights
-    if module and weights.of_module is not weights and not config.module_names and quantized.has(params):
+    if module and weights.of_module is not weights and not config.module_names and quantized.dialects_of(params):
         raise ValueError(
             f"to_disk: a module of {config.model_type} has other tensors than its files, which quantised leaves cannot become; "
             "use fm.dequantize(params) first"

@@ -24,14 +24,14 @@ def run_export(args: argparse.Namespace) -> int:
     from fmodels.checkpoint import load
     from fmodels.conversion import copy_others
     from fmodels.transforms.dequantizing import dequantize
-    from fmodels.weights.quantized import has
+    from fmodels.weights.quantized import dialects_of
 
     saved_model = _saved_model() if args.to == "tensorflow" else None
     inputs, per_call, platforms = map(_listed, (args.inputs, args.per_call, args.platforms))
     source = resolve(args)
     with new_folder(source, args.dest) as stage:
         params, config = load(source, task=args.task, dtype=args.dtype, layers=args.layers)
-        if has(params) and not args.dequantize:
+        if dialects_of(params) and not args.dequantize:
             raise ValueError("quantised weights are not exported; add --dequantize for the arrays that they stand for")
         params = dequantize(params)
         programs = {"forward": export.forward_program(params, config, inputs)}
