@@ -9,16 +9,15 @@ Source: keras 2.15, `saving/legacy/hdf5_format.py`; transformers 4.57.6, `modeli
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from fmodels.weights.hdf5_texts import texts_in
 from fmodels.weights.tensors import (
     ALIGNMENT,
     File,
@@ -33,7 +32,6 @@ from fmodels.weights.tensors import (
 )
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
-HEAP = b"GCOL\x01\0\0\0"  # how one begins, with the version of its form
 LIMIT = 64512  # bytes of an attribute; longer lists of names are split
 MAX_NAMES = 1_000_000
 AGAIN = "copy or download it again, or save it again with transformers' TensorFlow class"
@@ -74,44 +72,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         )
     try:
         # The descriptor, not the path, is opened: both readers see the same file.
-        with _Guarded(file) as stream, h5py.File(stream, "r") as root:
+        with open(os.dup(file.fd), "rb") as stream, h5py.File(stream, "r") as root:
             return _read(root, file)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"read: {str(path)!r} is damaged ({brief(str(error))}); {AGAIN}") from None
 
 
-class _Guarded(io.FileIO):
-    """A file of which HDF5 gets no heap of texts whose sizes are wrong: in some of these it would search for ever."""
-
-    def __init__(self, file: File):
-        super().__init__(os.dup(file.fd))
-        self.file = file
-
-    def readinto(self, buffer: Any, /) -> int | None:
-        start = self.tell()
-        count = super().readinto(buffer)
-        begin, end = max(0, start - len(HEAP) + 1), start + (count or 0) + len(HEAP) - 1
-        around = self.file.read(begin, end - begin)
-        for found in re.finditer(re.escape(HEAP), around):
-            self._check_heap(begin + found.start())
-        return count
-
-    def _check_heap(self, start: int) -> None:
-        """Walks over a heap: its own size, then entries, each with a number and its size; number 0 is what is free."""
-        (size,) = struct.unpack("<Q", self.file.read(start + len(HEAP), 8).ljust(8, b"\0"))
-        size = min(size, self.file.size - start)
-        position = 16
-        while size - position >= 16:
-            number, length = struct.unpack("<H6xQ", self.file.read(start + position, 16))
-            step = 16 + length + -length % 8 if number else length
-            if not 16 <= step <= size - position:
-                raise OSError(f"an entry of {length} bytes in the heap at byte {start}")
-            position += step
-
-
 def _read(root: Any, file: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
     where = f"read: {str(file.path)!r}"
-    layers = _names(root, "layer_names", where, file.size)
+    layers = _names(root, "layer_names", where, file)
     if layers is None:
         raise ValueError(
             f"{where} has no attribute layer_names; only files of Keras 2, as transformers wrote them, are read; {AGAIN}"
@@ -130,7 +99,7 @@ def _read(root: Any, file: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
             problems.append(str(error))
             continue
         alone = True
-        names = _names(group, "weight_names", where, file.size)
+        names = _names(group, "weight_names", where, file)
         held[layer] = names or []
         for name in held[layer]:
             try:
@@ -147,8 +116,7 @@ def _read(root: Any, file: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if problems:
         raise ValueError(f"{where} cannot be read: {listing(problems, sep='; ')}; {AGAIN}")
     tensors |= {name: _compared(tensors[name], others, where) for name, others in copies.items()}
-    texts = {key: root.attrs[key] for key in ("backend", "keras_version") if key in root.attrs}
-    texts = {key: text.decode() if isinstance(text, bytes) else str(text) for key, text in texts.items()}
+    texts = {key: "".join(_texts(root, key, where, file)) for key in ("backend", "keras_version") if key in root.attrs}
     return tensors, texts | ({"layers": held} if alone else {})
 
 
@@ -253,7 +221,7 @@ def _set_names(group: Any, key: str, names: Iterable[str]) -> None:
         group.attrs[f"{key}{number}"] = part
 
 
-def _names(group: Any, key: str, where: str, size: int) -> list[str] | None:
+def _names(group: Any, key: str, where: str, file: File) -> list[str] | None:
     """The names in an attribute, or in `key0`, `key1`, …; None where there are none."""
     keys = [key] if key in group.attrs else []
     while not keys or keys[-1] != key:
@@ -262,20 +230,23 @@ def _names(group: Any, key: str, where: str, size: int) -> list[str] | None:
         keys.append(f"{key}{len(keys)}")
     names: list[str] = []
     for one in keys:
-        attribute = group.attrs.get_id(one)
-        count = int(np.prod(attribute.shape or (0,), dtype=object))
-        if len(attribute.shape or (0,)) != 1 or len(names) + count > MAX_NAMES or attribute.get_storage_size() > size:
+        shape = group.attrs.get_id(one).shape
+        count = int(np.prod(shape or (0,), dtype=object))
+        if len(shape or (0,)) != 1 or len(names) + count > MAX_NAMES:
             raise ValueError(f"{where}: attribute {one} is no list of names, or too long; {AGAIN}")
-        values = group.attrs[one] if count else ()
-        if any(not isinstance(value, bytes | str) for value in values):
-            raise ValueError(f"{where}: attribute {one} is no list of names, or too long; {AGAIN}")
-        try:
-            names += [value.decode() if isinstance(value, bytes) else str(value) for value in values]
-        except UnicodeDecodeError:
-            raise ValueError(f"{where}: attribute {one} has names that are no text; {AGAIN}") from None
+        names += _texts(group, one, where, file) if count else []
     if repeated := [brief(name) for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{where}: attribute {key} has {listing(repeated)} twice; {AGAIN}")
     return names if keys else None
+
+
+def _texts(group: Any, key: str, where: str, file: File) -> list[str]:
+    try:
+        return texts_in(group, key, file)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: attribute {key} has names that are no text; {AGAIN}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: attribute {key} is no list of names: {error}; {AGAIN}") from None
 
 
 def _member(group: Any, name: str) -> Any:
