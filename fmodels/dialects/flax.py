@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,7 @@ from fmodels import schema
 from fmodels.models import Config, family
 from fmodels.weights import Tensor
 from fmodels.weights.rules import Weights
-from fmodels.weights.tensors import LARGE, READERS, aligned_empty
 
-ROWS = 256  # that are transposed at a time: twice as fast as all at once
 RENAMED = ("kernel", "embedding", "scale")
 """What Flax calls PyTorch's `weight`."""
 
@@ -170,29 +167,7 @@ def _view(tensor: Tensor, name: str, last: str) -> Tensor:
     """The tensor under another name, a kernel with its axes in reverse."""
     if last != "kernel":
         return dataclasses.replace(tensor, name=name)
-
-    def get() -> Any:
-        if tensor.file is None:
-            return _transposed(tensor.array())
-        out = aligned_empty(tensor.shape, tensor.dtype)  # read, not mapped: mapped pages count as memory of the process
-        tensor.read_into(out)
-        return _transposed(out)
-
-    return Tensor.lazy(name, tensor.dtype, tensor.shape[::-1], get)
-
-
-def _transposed(array: Any) -> Any:
-    """The array with its axes in reverse. A large one is copied, by pieces that fit in the caches of several cores."""
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.nbytes < LARGE:
-        return array.T
-    out = aligned_empty(array.shape[::-1], array.dtype)
-
-    def copy(row: int) -> None:
-        out[:, row : row + ROWS] = array[row : row + ROWS].T
-
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(copy, range(0, len(array), ROWS)))
-    return out
+    return Tensor.lazy(name, tensor.dtype, tensor.shape[::-1], lambda: tensor.array().T)
 
 
 def _joined(name: str, parts: Mapping[str, Tensor]) -> Tensor:

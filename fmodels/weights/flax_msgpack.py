@@ -25,6 +25,7 @@ from fmodels.weights.tensors import (
     brief,
     is_lfs_pointer,
     lfs_error,
+    put,
     replacing,
     shape_problem,
 )
@@ -308,10 +309,11 @@ def _write_tree(out: BinaryIO, tree: Tree, advance: Callable[[int], object] | No
         if isinstance(value, dict):
             _write_tree(out, value, advance, max_chunk)
             continue
-        data = as_bytes(value)
         if value.nbytes <= max_chunk:
-            _write_array(out, value.shape, value.dtype, data)
+            _begin_array(out, value.shape, value.dtype, value.nbytes)
+            put(out, value)
         else:
+            data = as_bytes(value)
             step = max(1, max_chunk // value.dtype.itemsize) * value.dtype.itemsize
             out.write(
                 _head("map", 3) + _text(CHUNKED) + bytes([TRUE]) + _text("shape") + _head("map", len(value.shape))
@@ -321,18 +323,19 @@ def _write_tree(out: BinaryIO, tree: Tree, advance: Callable[[int], object] | No
             for number, begin in enumerate(range(0, value.nbytes, step)):
                 piece = data[begin : begin + step]
                 out.write(_text(str(number)))
-                _write_array(out, (len(piece) // value.dtype.itemsize,), value.dtype, piece)
+                _begin_array(out, (len(piece) // value.dtype.itemsize,), value.dtype, len(piece))
+                out.write(piece)
         if advance is not None:
             advance(value.nbytes)
 
 
-def _write_array(out: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, data: memoryview) -> None:
+def _begin_array(out: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, count: int) -> None:
+    """What comes before the `count` bytes of an array."""
     sizes = b"".join(_head("integer", size) for size in shape)
-    inner = _head("list", 3) + _head("list", len(shape)) + sizes + _text(dtype.name) + _head("bytes", len(data))
-    length = len(inner) + len(data)
+    inner = _head("list", 3) + _head("list", len(shape)) + sizes + _text(dtype.name) + _head("bytes", count)
+    length = len(inner) + count
     fixed = next((bytes([code]) for code, size in EXTENSIONS.items() if size == length), None)
     out.write((fixed or _head("extension", length)) + bytes([ARRAY]) + inner)
-    out.write(data)
 
 
 def _text(text: str) -> bytes:
