@@ -62,11 +62,8 @@ class Config(gemma2.Config):
                 "full_attention": given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})},
                 "sliding_attention": {"rope_theta": data.get("rope_local_base_freq")},
             }
-        own = super().read_special(
-            {**data, "rope_scaling": None, "rope_theta": None, "rope_parameters": given.get("full_attention")},
-            fields,
-            problems,
-        )
+        full = {**data, "rope_scaling": None, "rope_theta": None, "rope_parameters": given.get("full_attention")}
+        own = super().read_special(full, fields, problems)
         fields["local_rope"] = read_rope(
             {"rope_parameters": given.get("sliding_attention")},
             problems,
