@@ -24,7 +24,8 @@ from fmodels.transforms.stacking import unstack_layers
 from fmodels.types import Key, Params
 from fmodels.weights import FORMATS, Tensor, quantized, read_file, read_folder, write_folder
 from fmodels.weights.formats import check_dtype, check_format, dtype_and_type, is_alone
-from fmodels.weights.tensors import as_bytes, cast
+from fmodels.weights.ggml import Blocks
+from fmodels.weights.tensors import as_bytes, cast, computed
 
 
 class Checkpoint(NamedTuple):
@@ -349,6 +350,8 @@ def as_written(
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
     metadata = dialects.metadata_of(config, names, metadata, folder)
+    if names != "gguf":  # no other has its blocks
+        tensors = {name: computed(tensor) if isinstance(tensor, Blocks) else tensor for name, tensor in tensors.items()}
     return dialects.write(tensors, config, names), metadata, files
 
 

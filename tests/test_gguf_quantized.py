@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 import fmodels as fm
 from fmodels.arrays import Quantized
@@ -228,3 +229,14 @@ def test_parts(rows, tmp_path):
     assert fm.load(ours)[1] == loaded.config
     fm.save(loaded.params, loaded.config, ours, format="gguf", max_shard_size="1GB")
     assert sorted(path.name for path in ours.glob("*.gguf")) == ["mine.gguf", "model.gguf"]
+
+
+def test_shards_of_other_formats_count_what_they_hold(rows, tmp_path):
+    """Not the bytes of the blocks that it came from."""
+    _, path = rows("llama", "q4_0")
+    done = fm.convert(path, tmp_path / "out", max_shard_size="60KB")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    sizes = [sum(a.nbytes for a in load_file(file).values()) for file in files]
+    assert sum(sizes) == done.bytes
+    assert max(sizes) <= 60_000

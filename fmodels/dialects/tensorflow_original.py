@@ -41,7 +41,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         >>> {name: tensor.shape for name, tensor in found.items()}
         {'bert.encoder.layer.0.intermediate.dense.weight': (3072, 768)}
     """
-    known = _variables(config, every=True)
+    known = _variables(config, "load", every=True)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         variable = known.get(name.removeprefix("module/"))  # TensorFlow Hub's
@@ -58,7 +58,7 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     Raises:
         ValueError: the family had no such checkpoints, or they have no variable for a tensor.
     """
-    variables = {variable.name: (name, variable) for name, variable in _variables(config).items()}
+    variables = {variable.name: (name, variable) for name, variable in _variables(config, "write").items()}
     if unplaced := [name for name in tensors if name not in variables]:
         raise ValueError(
             f"save: google-research's checkpoints of {config.model_type} have no variables for {len(unplaced)} tensors: "
@@ -78,19 +78,20 @@ def config(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, task: 
     return None
 
 
-def _variables(config: Config, *, every: bool = False) -> dict[str, Variable]:
+def _variables(config: Config, verb: str, *, every: bool = False) -> dict[str, Variable]:
     """Name of a variable -> what it is.
 
     Args:
         config: of the model.
+        verb: what is done, for errors.
         every: also those that only models of other tasks have.
     """
     weights = family(config).weights
     names = weights.tensorflow.original if weights.tensorflow is not None else None
     if names is None:
         raise ValueError(
-            f"load: TensorFlow checkpoints are those of google-research's BERT and ALBERT, this is {config.model_type}; "
-            "convert it with the library that wrote it"
+            f"{verb}: TensorFlow's own checkpoints are those of google-research's BERT and ALBERT, and this is "
+            f"{config.model_type}; {'convert it with the library that wrote it' if verb == 'load' else 'use another format'}"
         )
     places = weights.places(config)
     places = weights.places_of_other_tasks(config) | places if every else places
