@@ -33,6 +33,7 @@ from fmodels.exported import load_exported as load_exported
 from fmodels.generate import Generated as Generated
 from fmodels.generate import generate as generate
 from fmodels.generate import stream as stream
+from fmodels.generate import warm_up as warm_up
 from fmodels.generation import constraints as constraints
 from fmodels.generation.callbacks import PrefixAllowed as PrefixAllowed
 from fmodels.generation.config import GenerationConfig as GenerationConfig

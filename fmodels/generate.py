@@ -1,4 +1,4 @@
-"""`generate` and `stream`: prompts in, tokens out, in one compiled program for each bucket of lengths."""
+"""`generate` and `stream`: prompts in, tokens out, in one compiled program for each bucket of lengths; `warm_up` compiles it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from fmodels import programs
 from fmodels.generation import constraints
@@ -16,7 +18,7 @@ from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
 from fmodels.generation.strategy import Result
 from fmodels.models import Config
-from fmodels.prepare import Call, Generated, prepare
+from fmodels.prepare import Call, Generated, bucket, prepare
 from fmodels.types import Array, Key, Params
 
 
@@ -139,9 +141,7 @@ def stream(
         >>> [int(step[0]) for step in fm.stream(params, config, [[300, 301]], max_new_tokens=3)] == whole
         True
     """
-    arguments = {name: others.pop(name, default) for name, default in _OTHERS.items()}
-    if others:
-        raise TypeError(f"stream: unknown argument {next(iter(others))!r}")
+    arguments = _other_arguments("stream", others)
     call = prepare(params, config, tokens, mask, max_new_tokens, key, options, **arguments)
     if call.guidance is not None:
         raise ValueError("stream: this constraint is too large for tables; use generate")
@@ -160,12 +160,85 @@ def stream(
     return steps()
 
 
+def warm_up(
+    params: Params,
+    config: Config,
+    lengths: Sequence[int],
+    *,
+    batch_size: int = 1,
+    max_new_tokens: int | None = None,
+    key: Key | None = None,
+    options: GenerationConfig | Sequence[GenerationConfig] | None = None,
+    **others: Any,
+) -> int:
+    """Compiles, ahead of time, what `generate` runs for prompts of these lengths: a program for each bucket of them.
+
+    Nothing is computed, and `params` may be shapes alone, so it can go on while weights are loaded. Calls of `generate` that
+    differ in nothing but prompts, key, and numbers in the options then compile nothing; where JAX has a cache on disk
+    (`jax_compilation_cache_dir`), those of later processes do not either.
+
+    Args:
+        params: the tree, or one of `jax.ShapeDtypeStruct` as `fm.abstract` gives, with the shardings that there will be.
+        config: its config.
+        lengths: of prompts; of encoder-decoder models of what the encoder reads.
+        batch_size: rows of a call.
+        max_new_tokens: as for `generate`.
+        key: as for `generate`; one that is like `jax.random.key(0)` if None.
+        options: as for `generate`.
+        others: what else `generate` takes, but the prompts.
+
+    Returns:
+        How many programs there are.
+
+    Raises:
+        ValueError: what `generate` refuses; a constraint that the host follows step by step.
+
+    Example:
+        >>> import jax, fmodels as fm
+        >>> config = fm.load_config(fm.assets.TINY_LLAMA)
+        >>> warm_up(fm.abstract(config), config, [5, 12, 20], max_new_tokens=3)
+        2
+    """
+    arguments = _other_arguments("warm_up", others)
+    longest: dict[int, int] = {}
+    for length in lengths:
+        longest[bucket(length)] = max(length, longest.get(bucket(length), 0))
+    count = 0
+    for length in tqdm(sorted(longest.values()), desc="compile", unit="bucket", disable=None, leave=False):
+        rows = np.ones((batch_size, length), np.int32)
+        key = jax.random.key(0) if key is None else key
+        call = prepare(params, config, rows, np.ones_like(rows), max_new_tokens, key, options, **arguments)
+        if call.guidance is not None:
+            raise ValueError(
+                "warm_up: this constraint is too large for tables, and is followed by the host step by step"
+            )
+        if call.max_time is None:
+            lowered = [programs.whole.lower(*call.arguments)]
+        else:
+            state, *_ = programs.first.eval_shape(*call.arguments)
+            step = (*call.arguments[:-1], state, jnp.asarray(STEPS_AT_ONCE, jnp.int32))
+            lowered = [
+                programs.first.lower(*call.arguments), programs.steps.lower(*step), programs.last.lower(*step[:-1]),
+            ]  # fmt: skip
+        for program in lowered:
+            program.compile()
+        count += len(lowered)
+    return count
+
+
 _OTHERS: dict[str, Any] = {
     "decoder_tokens": None, "decoder_mask": None, "negative_tokens": None, "negative_mask": None, "processors": (),
     "stops": (), "constraint": None, "tokenizer": None, "draft": None, "prefix": None, "keep_cache": False,
     "top_logprobs": 0, "experts": None, "attention": "xla",
 }  # fmt: skip
-"""The arguments of `generate` that `stream` passes on, with their defaults."""
+"""The arguments of `generate` that `stream` and `warm_up` pass on, with their defaults."""
+
+
+def _other_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(given.keys() - _OTHERS.keys()):
+        raise TypeError(f"{name}: unknown argument {unknown[0]!r}")
+    return {**_OTHERS, **given}
+
 
 STEPS_AT_ONCE = 8
 """Steps between two looks at the clock, where there is a `max_time`."""

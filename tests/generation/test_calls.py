@@ -224,3 +224,32 @@ def test_programs_are_bounded_by_buckets(tiny):
         )  # fmt: skip
         buckets.add(bucket(length))
     assert fm.compile_count() - before <= len(buckets) == 3
+
+
+@pytest.mark.parametrize("given", [{}, {"max_time": 60.0}], ids=["whole", "in pieces"])
+def test_warm_up(tiny, caplog, given):
+    """From shapes alone; the call after it compiles no program of generation, and says what it says without."""
+    params, config, _ = tiny
+    asked = {"max_new_tokens": 5, "options": fm.GenerationConfig(do_sample=True, num_return_sequences=3, **given)}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    names = ("whole", "first", "steps", "last")
+
+    def compiled():
+        return [name for name in names for text in caplog.messages if f"XLA compilation of jit({name})" in text]
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        count = fm.warm_up(shapes, config, [3, 12, 20], batch_size=3, **asked)
+        assert len(compiled()) == count == (6 if given else 2)
+        caplog.clear()
+        for length in (4, 19):
+            out = fm.generate(params, config, prompts(3, length, seed=1)[0], key=jax.random.key(5), **asked)
+            assert out.tokens.shape[0] == 9
+        assert not compiled()
+
+
+def test_warm_up_refuses(tiny):
+    params, config, _ = tiny
+    with pytest.raises(TypeError, match="warm_up: unknown argument 'tokens'"):
+        fm.warm_up(params, config, [3], tokens=[[1]])
+    with pytest.raises(ValueError, match="llama has no experts"):
+        fm.warm_up(params, config, [3], experts="dense")
