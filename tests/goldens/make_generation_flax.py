@@ -42,6 +42,7 @@ from transformers import (
 
 TRANSFORMERS = "4.57.6"
 PAD, END = 3, 7
+NEVER = 1000  # no token
 MODELS = {
     "gpt2": FlaxGPT2LMHeadModel,
     "t5": FlaxT5ForConditionalGeneration,
@@ -63,6 +64,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_beams": 4, "num_return_sequences": 2, "early_stopping": "never", "length_penalty": 0.8},
     ),
     "beams_4_no_repeat": ("beams_4_processed", {"num_beams": 4, "no_repeat_ngram_size": 2}),
+    # With an end that never comes Flax's beams are PyTorch's.
+    "beams_2_endless": ("beams_2", {"num_beams": 2, "eos_token_id": NEVER}),
+    "beams_4_endless": (
+        "beams_4_lp_2",
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 2.0, "eos_token_id": NEVER},
+    ),
+    "beams_3_endless": (
+        "beams_3_all",
+        {"num_beams": 3, "num_return_sequences": 3, "no_repeat_ngram_size": 2, "eos_token_id": NEVER},
+    ),
 }
 
 
