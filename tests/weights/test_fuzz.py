@@ -36,6 +36,7 @@ def test_files_of_nothing(tmp_path, format):
         fuzz.check(format, whole[: source.randrange(64)] + data, tmp_path / "file")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves tasks of the file behind
 def test_damaged_folders(tmp_path):
     """A checkpoint of orbax, a file of which is damaged."""
     arrays = {"a.weight": np.arange(24, dtype=np.float32).reshape(4, 6), "b.bias": np.zeros(6, np.float16)}
