@@ -114,7 +114,7 @@ def test_other_types_are_arrays(rows, tmp_path):
     fm.save(params, config, tmp_path / "new", format="gguf")
     new, old = contents(tmp_path / "new" / "model.gguf"), contents(tmp_path / "mixed.gguf")
     assert all(new[n] == old[n] for n, kind in types.items() if kind in ("q8_0", "q4_0"))
-    with pytest.raises(ValueError, match=r"which format 'safetensors' .* as \"gguf\", or dequantize first"):
+    with pytest.raises(ValueError, match=r"which format 'safetensors' .* as \"gguf\", or use fm.dequantize"):
         fm.save(params, config, tmp_path / "no")
     fm.save(fm.dequantize(params), config, tmp_path / "plain")
 
