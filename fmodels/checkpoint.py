@@ -314,7 +314,9 @@ def save(
         )
     numbers, type = dtype_and_type("save", dtype, format)
     if "pt" in needed and numbers is not None:
-        raise ValueError(f"save: the tree has quantised leaves, which have no dtype {dtype!r}; use fm.dequantize(params) first")
+        raise ValueError(
+            f"save: the tree has quantised leaves, which have no dtype {dtype!r}; use fm.dequantize(params) first"
+        )
     tensors = disk_tensors(params, config)
     if numbers is not None:
         tensors = {name: cast(tensor, numbers) for name, tensor in tensors.items()}
