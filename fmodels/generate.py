@@ -174,8 +174,8 @@ def warm_up(
     """Compiles, ahead of time, what `generate` runs for prompts of these lengths: a program for each bucket of them.
 
     Nothing is computed, and `params` may be shapes alone, so it can go on while weights are loaded. Calls of `generate` that
-    differ in nothing but prompts, key, and numbers in the options then compile nothing; where JAX has a cache on disk
-    (`jax_compilation_cache_dir`), those of later processes do not either.
+    differ in nothing but prompts, key, and numbers in the options then find their program; where JAX has a cache on disk
+    (`jax_compilation_cache_dir`), those of later processes do so, too.
 
     Args:
         params: the tree, or one of `jax.ShapeDtypeStruct` as `fm.abstract` gives, with the shardings that there will be.

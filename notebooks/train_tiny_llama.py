@@ -4,7 +4,7 @@ This is how `fmodels/assets/tiny-llama` was made, and an example of a training s
 `fm.forward`: optax for the optimizer, orbax for checkpoints that resume exactly, tokenizers for the text, every
 random choice from an explicit key, master weights in float32, the result cast to bfloat16 and saved with `fm.save`.
 
-    python notebooks/train_tiny_llama.py --out build/first                # the model of the package: it learns the text,
+    python notebooks/train_tiny_llama.py --out build/first                # as the model of the package: it learns the text,
     python notebooks/train_tiny_llama.py --start build/first --copies --steps 1600 --learning-rate 0.001  # and to copy
     python notebooks/train_tiny_llama.py --steps 3 --small --out build/x  # seconds, to see that it works
 
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -147,7 +148,7 @@ def copies_at(stream: np.ndarray, position: int, step: int, *, args: argparse.Na
     windows = batch_at(stream, position, batch=batch, context=context, seed=args.seed)
     random = np.random.default_rng([args.seed, position])
     for row in range(batch * 3 // 4 if shorter > 1 else batch // 2):
-        size = int(random.integers(max(2, context // 16), context // 2 + 1))
+        size = int(random.integers(max(2, context // 16), max(2, context // 2) + 1))
         first = int(random.integers(0, len(stream) - size))
         stretch = stream[first : first + size] if random.random() < 0.5 else random.choice(stream, size)
         windows[row] = np.resize(stretch, context + 1)
@@ -309,6 +310,9 @@ def write_card(path: Path, config: Config, args: argparse.Namespace, facts: Mapp
         "schedule": ", then ".join(f"that of {steps:,} steps from step {first:,}" for first, steps in f["plan"]),
         "weights": "bfloat16, cast from float32 after training",
     }
+    if args.start is not None and (args.start / "README.md").is_file():  # what its card says
+        said = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", (args.start / "README.md").read_text(), re.MULTILINE))
+        rows |= {f"before: {name}": said[name] for name in ("trained on", "steps", "schedule") if name in said}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     begin = "nothing"
     if args.start is not None:

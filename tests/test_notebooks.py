@@ -25,14 +25,23 @@ def test_quickstart_runs(monkeypatch):
 
 @pytest.mark.slow
 def test_training_script_trains_and_resumes(tmp_path):
-    """Three steps, then two more from the checkpoint, give a folder that loads and generates."""
+    """Three steps, then two more from the checkpoint, give a folder that loads and generates; another run starts with it."""
     import fmodels as fm
 
     out = tmp_path / "model"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def train(steps: int) -> str:
-        command = [sys.executable, "notebooks/train_tiny_llama.py", "--small", "--steps", str(steps), "--out", str(out)]
+    def train(steps: int, *others: str, out: Path = out) -> str:
+        command = [
+            sys.executable,
+            "notebooks/train_tiny_llama.py",
+            "--small",
+            "--steps",
+            str(steps),
+            "--out",
+            str(out),
+            *others,
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout + done.stderr
@@ -43,3 +52,10 @@ def test_training_script_trains_and_resumes(tmp_path):
     assert fm.generate(params, config, [[5, 6]], max_new_tokens=2).tokens.shape == (1, 4)
     assert (out / "curve.png").stat().st_size > 1000
     assert (out / "tokenizer.json").exists()
+    train(6, "--start", str(out), "--copies", out=tmp_path / "copies")
+    again, _ = fm.load(tmp_path / "copies")
+    assert fm.num_parameters(again) == fm.num_parameters(params)
+    assert (tmp_path / "copies" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    card = (tmp_path / "copies" / "README.md").read_text()
+    assert "| before: steps | 5 of 2 × 16 tokens |" in card
+    assert "but it copies" in card
