@@ -126,6 +126,8 @@ class Config:
     """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
     norm: ClassVar[str] = "layer"
     """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
+    joint_norms: ClassVar[bool] = False
+    """Whether queries, and keys, are normed over all heads together."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 

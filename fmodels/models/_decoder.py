@@ -187,7 +187,8 @@ CLASSES = {
     "question-answering": "ForQuestionAnswering",
 }
 """Task -> how transformers' classes end."""
-ALL = ("sequence-classification", "token-classification", "question-answering")
+CLASSIFIERS = ("sequence-classification", "token-classification")
+ALL = (*CLASSIFIERS, "question-answering")
 """The tasks that most families have beside the first two."""
 
 

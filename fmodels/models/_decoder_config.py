@@ -86,8 +86,6 @@ class Config(BaseConfig):
     """Whether rotary pairs lie side by side."""
     partial: ClassVar[bool] = False
     """Whether a part of each head may be rotated."""
-    joint_norms: ClassVar[bool] = False
-    """Whether queries, and keys, are normed over all heads together."""
     norm_first: ClassVar[bool] = True
     """Whether norms are before the blocks, and not behind the sums."""
     norm_residual: ClassVar[bool] = False
@@ -193,11 +191,23 @@ class Config(BaseConfig):
         return None
 
     @property
+    def own_types(self) -> tuple[str, ...]:
+        """The `layer_types` where config.json does not say them: all have the window, if there is one."""
+        return ("sliding_attention",) * self.num_layers
+
+    def full_every(self, period: int) -> tuple[str, ...]:
+        """The `own_types` of families of whose layers every `period`-th sees everything."""
+        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
+        return (types * self.num_layers)[: self.num_layers]
+
+    def kind(self, full: bool) -> Kind:
+        """Of the layers that see everything, or of the others."""
+        return Kind(None if full else self.sliding_window, self.rope if self.rotary else None)
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of each layer; where config.json does not say which layers have a window, all have it."""
-        types = self.layer_types or ("sliding_attention",) * self.num_layers
-        rope = self.rope if self.rotary else None
-        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, rope) for t in types)
+        """Of each layer."""
+        return tuple(self.kind(one == "full_attention") for one in self.layer_types or self.own_types)
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:

@@ -90,6 +90,30 @@ def read_rope(
     return Rope(**{**values, "type": kind})
 
 
+TYPES: tuple[str, str] = ("full_attention", "sliding_attention")
+"""The types of layers in families whose layers with a window have rotary settings of their own."""
+
+
+def read_ropes(
+    given: Mapping[str, Any], problems: list[str], defaults: tuple[Rope, Rope], *, head_dim: int, max_positions: int
+) -> tuple[Rope, Rope]:
+    """The rotary settings of both `TYPES`, from `rope_parameters` that have them by type; the rest as in `read_rope`."""
+    problems += [
+        f"rope_parameters has {name!r}, known are {' and '.join(TYPES)}" for name in given if name not in TYPES
+    ]
+    full, local = (
+        read_rope(
+            {"rope_parameters": given.get(name)},
+            problems,
+            head_dim=head_dim,
+            max_positions=max_positions,
+            default=default,
+        )
+        for name, default in zip(TYPES, defaults, strict=True)
+    )
+    return full, local
+
+
 def rotated(head_dim: int, rope: Rope) -> int:
     """How many numbers of each head are rotated; `proportional` rotates some of the pairs by nothing instead."""
     return head_dim if rope.type == "proportional" else int(head_dim * rope.partial_rotary_factor)
@@ -103,6 +127,11 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
         for key, value in values.items()
         if key in ("rope_type", "rope_theta") or value != getattr(Rope(), ROPE_KEYS[key])
     }
+
+
+def write_ropes(*ropes: Rope) -> dict[str, Any]:
+    """`rope_parameters` of both `TYPES`."""
+    return {"rope_parameters": {name: rope_parameters(rope) for name, rope in zip(TYPES, ropes, strict=True)}}
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Config(_mixture.Config):
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
     }  # fmt: skip
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("DeepseekV3", *_decoder.ALL[:2])
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("DeepseekV3", *_decoder.CLASSIFIERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _decoder, gemma2
 from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
-from fmodels.models._rope import read_rope, rope_parameters
+from fmodels.models._rope import TYPES, read_ropes, write_ropes
 from fmodels.nn.positions import Rope
 
 
@@ -48,34 +48,28 @@ class Config(gemma2.Config):
     }
 
     @property
-    def period(self) -> int:
-        return self.sliding_window_pattern
+    def own_types(self) -> tuple[str, ...]:
+        return self.full_every(self.sliding_window_pattern)
 
     def kind(self, full: bool) -> _decoder.Kind:
         return _decoder.Kind(None, self.rope) if full else _decoder.Kind(self.sliding_window, self.local_rope)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        own = super().read_special({**data, "rope_parameters": None, "rope_scaling": None}, fields, problems)
         given = data.get("rope_parameters") or {}
-        if not {"full_attention", "sliding_attention"} & given.keys():  # as transformers 4 wrote it
-            given = {
-                "full_attention": given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})},
-                "sliding_attention": {"rope_theta": data.get("rope_local_base_freq")},
-            }
-        full = {**data, "rope_scaling": None, "rope_theta": None, "rope_parameters": given.get("full_attention")}
-        own = super().read_special(full, fields, problems)
-        fields["local_rope"] = read_rope(
-            {"rope_parameters": given.get("sliding_attention")},
-            problems,
-            head_dim=data.get("head_dim") or fields["head_dim"],
-            max_positions=data.get("max_position_embeddings", cls.max_positions),
-            default=cls.local_rope,
-        )
+        if not given.keys() & {*TYPES}:  # as transformers 4 wrote it
+            full = given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})}
+            given = dict(zip(TYPES, (full, {"rope_theta": data.get("rope_local_base_freq")}), strict=True))
+        sizes = {
+            "head_dim": data.get("head_dim") or fields["head_dim"],
+            "max_positions": data.get("max_position_embeddings", cls.max_positions),
+        }
+        fields["rope"], fields["local_rope"] = read_ropes(given, problems, (cls.rope, cls.local_rope), **sizes)
         return own | {"rope_local_base_freq"}
 
     def write_special(self) -> dict[str, Any]:
-        both = {"full_attention": self.rope, "sliding_attention": self.local_rope}
-        return {"rope_parameters": {name: rope_parameters(rope) for name, rope in both.items()}}
+        return write_ropes(self.rope, self.local_rope)
 
 
 WEIGHTS = _decoder.weights(_decoder.renamed(gemma2.NAMES | _decoder.HEAD_NORMS))

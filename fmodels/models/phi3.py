@@ -42,9 +42,7 @@ class Config(_decoder.Config):
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "sliding_window": "sliding_window"}
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"resid_pdrop", "embd_pdrop"}
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"attention_bias": (False,)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Phi3", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Phi3", *_decoder.CLASSIFIERS)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:

@@ -48,11 +48,12 @@ class Config(_decoder.Config):
         return False
 
     @property
-    def kinds(self) -> tuple[_decoder.Kind, ...]:
+    def own_types(self) -> tuple[str, ...]:
         later = ("full_attention",) * self.max_window_layers + ("sliding_attention",) * self.num_layers
-        types = self.layer_types or later[: self.num_layers]
-        window = self.sliding_window if self.use_sliding_window else None
-        return tuple(_decoder.Kind(window if t == "sliding_attention" else None, self.rope) for t in types)
+        return later[: self.num_layers]
+
+    def kind(self, full: bool) -> _decoder.Kind:
+        return super().kind(full or not self.use_sliding_window)
 
 
 WEIGHTS = _decoder.weights()

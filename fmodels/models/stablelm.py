@@ -48,9 +48,7 @@ class Config(_decoder.Config):
     }
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_dropout"}
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"qk_layernorm": (False,)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "StableLm", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("StableLm", *_decoder.CLASSIFIERS)
 
     @property
     def output_bias(self) -> bool:

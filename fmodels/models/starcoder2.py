@@ -45,9 +45,7 @@ class Config(_decoder.Config):
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {
         "residual_dropout", "embedding_dropout", "mlp_type", "norm_type",
     }  # fmt: skip
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Starcoder2", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Starcoder2", *_decoder.CLASSIFIERS)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:

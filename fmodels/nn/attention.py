@@ -388,7 +388,7 @@ def block_sparse(
     blocks = np.stack([0 * inner, inner - 1, inner, inner + 1, 0 * inner + count - 1], axis=1)
     every = inner > 0  # a neighbour may be the first block or the last, which count once
     new = np.stack([every, inner > 1, every, inner < count - 2, every], axis=1)
-    times = np.repeat(np.float32([1 + repeats, 1, 1, 1, 1]), size)
+    times = np.repeat(np.array([1 + repeats, 1, 1, 1, 1], np.float32), size)
 
     def near(x: Array) -> Array:
         """Of `(b g t …)`, what each block sees: `(b count-2 g 5·size …)`."""
