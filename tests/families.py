@@ -522,6 +522,8 @@ CASES = (
 CAUSAL = [c.name for c in CASES if c.task == "causal-lm" and not c.name.endswith("/long")]
 SEQ2SEQ = [c.name for c in CASES if c.task == "seq2seq-lm"]
 PAIRS = ["t5/seq2seq-lm", "bart/seq2seq-lm"]
+LANGUAGE = {c.family: c.name for c in reversed(CASES) if c.task in ("causal-lm", "masked-lm", "seq2seq-lm")}
+"""The first row of each family with a model of language."""
 
 
 def by_name(name: str) -> Case:

@@ -124,11 +124,12 @@ def table() -> str:
         file = Path(inspect.getfile(family.config))
         own = ["gguf"] * (family.config.gguf is not None)
         own += ["tf-checkpoint"] * bool(weights.tensorflow and weights.tensorflow.original)
+        heads = HEADS.get(name, "" if kind(name) == "encoder-decoder" else "yes")
+        generates = "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else ""
+        lines = f"{len(file.read_text().splitlines())} ({lines_of_code(file.read_text())})"
         cells = (
-            name, kind(name), ", ".join(tasks), "yes", "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else "",
-            HEADS.get(name, "" if kind(name) == "encoder-decoder" else "yes"), "yes", ", ".join(["all", *own]), ", ".join(verified(name)),
-            f"[{file.name}](fmodels/models/{file.name})",
-            f"{len(file.read_text().splitlines())} ({lines_of_code(file.read_text())})",
+            name, kind(name), ", ".join(tasks), "yes", generates, heads, "" if name == "gpt2" else "yes",
+            ", ".join(["all", *own]), ", ".join(verified(name)), f"[{file.name}](fmodels/models/{file.name})", lines,
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -10,12 +10,8 @@ import torch
 import fmodels as fm
 from fmodels.models import FAMILIES
 from tests import families
+from tests.families import LANGUAGE
 
-ROWS: dict[str, str] = {}
-"""A row of each family with a model of language."""
-for row in families.CASES:
-    if row.task in ("causal-lm", "masked-lm", "seq2seq-lm"):
-        ROWS.setdefault(row.family, row.name)
 UNPRUNED = {
     **dict.fromkeys(("t5", "mt5", "bart"), "an encoder or a decoder with layers of its own"),
     "mpnet": "mpnet has embed.distances for the heads of all layers together",
@@ -25,10 +21,10 @@ UNPRUNED = {
 
 
 def test_every_family_is_here():
-    assert ROWS.keys() == FAMILIES.keys()
+    assert LANGUAGE.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", LANGUAGE.values(), ids=LANGUAGE)
 def test_resized(case, name):
     """Old rows keep their bits, as in transformers, which computes the same with the new ones; smaller ones are its own."""
     loaded = case(name)
@@ -50,7 +46,7 @@ def test_resized(case, name):
             families.assert_equal(got, want, **loaded.masks("right"), causal=loaded.case.causal)
 
 
-@pytest.mark.parametrize("name", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("name", LANGUAGE.values(), ids=LANGUAGE)
 def test_masked_and_pruned(case, name):
     """What transformers computes when the first head, or group, of a layer gives nothing to its output projection."""
     loaded = case(name)
