@@ -235,7 +235,8 @@ def _check_independent(params: Params, config: Any) -> None:
         reason = f"has {', '.join(shared)} for the heads of all layers together"
     if reason:
         raise NotImplementedError(
-            f"prune_heads: {config.model_type} {reason}, so that none can leave a layer; silence them with mask_heads"
+            f"prune_heads: {config.model_type} {reason}, so that none can leave a layer; silence them with "
+            "mask_heads (fmodels prune --mask)"
         )
 
 
