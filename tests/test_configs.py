@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import fmodels as fm
 from fmodels.models import FAMILIES
 from tests import families
+from tests.families import LONG
 
 
 def test_other_summaries_are_refused():
@@ -49,6 +50,43 @@ def test_old_and_other_keys():
         assert fields_of(config, keys) == fields_of(config, kind(**keys).to_dict())
         ours = config.from_hf(keys, task="base")
         assert all(getattr(ours, name) != getattr(config(), name) for name in fields)
+
+
+def test_keys_of_published_models():
+    """Keys that are in files of the Hub and that transformers' classes do not read."""
+    general = {
+        "transformers.js_config": {"dtype": "q4"}, "sentence_transformers": {"version": "5.0"}, "xla_device": None,
+        "custom_pipelines": {}, "eos_token_ids": 0, "name": "Roberta", "adapters": {"adapters": {}},
+        "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+    }  # fmt: skip
+    for family, keys in (
+        ("bert", general),
+        ("llama", {"is_llama_config": True, "max_sequence_length": 2048}),
+        ("qwen2", {"use_mrope": False}),
+        ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+        ("gemma2", {"sliding_window_size": 4096}),
+        ("smollm3", {"max_window_layers": 28}),
+        ("starcoder2", {
+            "activation_function": "gelu", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+            "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True,
+        }),
+        ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
+        ("opt", {"learned_embeddings": True, "scale_embeddings": False}),
+        ("gpt_neox", {"num_steps": "global_step320000"}),
+        ("bart", {"replacing_rate": 0, "student_encoder_layers": None, "student_decoder_layers": None}),
+    ):  # fmt: skip
+        config = FAMILIES[family].config
+        assert fields_of(config, keys) == fields_of(config, {})
+
+
+def test_original_positions_of_phi3():
+    """The key beside `rope_parameters` goes before that in it, also where it has only its default."""
+    rope = LONG | {"original_max_position_embeddings": 8, "partial_rotary_factor": 0.0625}
+    for keys in ({}, {"original_max_position_embeddings": 16}):
+        keys |= {"rope_parameters": rope}
+        theirs = transformers.Phi3Config(**keys).to_dict()
+        ours = FAMILIES["phi3"].config.from_hf(keys, task="base")
+        assert ours.rope.original_max_positions == theirs["rope_parameters"]["original_max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -29,7 +29,9 @@ IRRELEVANT = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
-    output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag""".split()
+    output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag
+    adapters custom_pipelines eos_token_ids name sbert_ce_default_activation_function sentence_transformers
+    transformers.js_config xla_device""".split()
 )
 """Keys of a config.json that change no number that `forward` computes; they are kept and written back."""
 
@@ -371,6 +373,14 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
             normal = config.initializer_range * jax.random.normal(subkey, leaf.shape, jnp.float32)
             draws[path] = normal.astype(leaf.dtype)
     return tree.unflatten(draws)
+
+
+def check_cache(config: Any, cache: Cache | None) -> None:
+    """Raises a ValueError if there is a cache, and tokens see those behind them."""
+    if cache is not None and not config.causal:
+        raise ValueError(
+            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
+        )
 
 
 def decoder_head(

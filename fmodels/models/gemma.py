@@ -44,7 +44,7 @@ class Config(_decoder.Config):
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Gemma", *_decoder.CLASSIFIERS)
 
     def __post_init__(self) -> None:
-        if self.activation == "gelu":  # old files say so and mean the other
+        if self.activation == "gelu" and self.HF["activation"] == "hidden_act":  # which says so and means the other
             object.__setattr__(self, "activation", "gelu_pytorch_tanh")
         super().__post_init__()
 

@@ -47,7 +47,10 @@ class Config(gemma.Config):
         "attention_cap": "attn_logit_softcapping",
         "logit_cap": "final_logit_softcapping",
     }
-    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_act", "cache_implementation"}
+    # sliding_window_size repeats sliding_window, and transformers does not read it.
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {
+        "hidden_act", "cache_implementation", "sliding_window_size",
+    }  # fmt: skip
     NULLS: ClassVar[tuple[str, ...]] = ("attention_cap", "logit_cap")
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Gemma2", *_decoder.CLASSIFIERS)
 

@@ -22,15 +22,17 @@ class Config(gemma2.Config):
     Attributes:
         local_rope: rotary settings of the layers with a window.
         sliding_window_pattern: every how many layers one sees everything.
+        bidirectional: whether tokens see those behind them, too, as in EmbeddingGemma.
     """
 
     vocab_size: int = 262208
     max_positions: int = 131072
     rope: Rope = Rope(theta=1e6)
     local_rope: Rope = Rope()
-    attention_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    attention_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]  # none, whatever the file says
     logit_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     sliding_window_pattern: int = 6
+    bidirectional: bool = False
 
     model_type: ClassVar[str] = "gemma3_text"
     gguf: ClassVar[Gguf | None] = Gguf(
@@ -39,8 +41,16 @@ class Config(gemma2.Config):
         | {"logit_cap": "final_logit_softcapping", "sliding_window_pattern": "attention.sliding_window_pattern"},
         fixed=TIED | {"query_pre_attn_scalar": scaled_by(62)},
     )
-    HF: ClassVar[Mapping[str, str]] = {**gemma2.Config.HF, "sliding_window_pattern": "sliding_window_pattern"}
-    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {"_sliding_window_pattern"}  # only written
+    HF: ClassVar[Mapping[str, str]] = {
+        **{field: key for field, key in gemma2.Config.HF.items() if field != "attention_cap"},
+        "sliding_window_pattern": "sliding_window_pattern",
+        "bidirectional": "use_bidirectional_attention",
+    }
+    # transformers writes the first and reads it nowhere; it hands the second to no layer.
+    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {
+        "_sliding_window_pattern",
+        "attn_logit_softcapping",
+    }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
         "base": "Gemma3TextModel",
         "causal-lm": "Gemma3ForCausalLM",
@@ -50,6 +60,10 @@ class Config(gemma2.Config):
     @property
     def own_types(self) -> tuple[str, ...]:
         return self.full_every(self.sliding_window_pattern)
+
+    @property
+    def causal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.bidirectional
 
     def kind(self, full: bool) -> _decoder.Kind:
         return _decoder.Kind(None, self.rope) if full else _decoder.Kind(self.sliding_window, self.local_rope)

@@ -74,7 +74,8 @@ class Config(BaseConfig):
         "tie_word_embeddings": "tie_word_embeddings",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
-        "n_ctx attn_pdrop embd_pdrop resid_pdrop summary_first_dropout reorder_and_upcast_attn".split()
+        """n_ctx n_special predict_special_tokens attn_pdrop embd_pdrop resid_pdrop summary_first_dropout
+        reorder_and_upcast_attn""".split()
     )
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "summary_use_proj": (True,),

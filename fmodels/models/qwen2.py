@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import Gguf
@@ -41,6 +41,7 @@ class Config(_decoder.Config):
         "use_sliding_window": "use_sliding_window",
         "max_window_layers": "max_window_layers",
     }
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"use_mrope": (False,)}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen2", *_decoder.ALL)
 
     @property

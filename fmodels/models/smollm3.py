@@ -50,6 +50,7 @@ class Config(_decoder.Config):
         "no_rope_layers": "no_rope_layers",
         "no_rope_layer_interval": "no_rope_layer_interval",
     }
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"max_window_layers"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("SmolLM3", *_decoder.ALL)
 
     @property

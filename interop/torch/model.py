@@ -302,13 +302,9 @@ class TorchModel(Pretrained, nn.Module):
         """
         if odd := options.keys() - {"missing_keys", "recompute_mapping"}:
             raise TypeError(f"tie_weights: unknown {', '.join(odd)}")
-        places = fm.disk_names(self.config, tied=True, module=True)
-        first: dict[tuple[str, ...], str] = {}
-        for name, leaves in places.items():
-            home = first.setdefault(leaves, name)
-            if name != home:
-                module, _, last = name.rpartition(".")
-                setattr(self.get_submodule(module), last, self._get(home))
+        for name, home in fm.tied_names(self.config, module=True).items():
+            module, _, last = name.rpartition(".")
+            setattr(self.get_submodule(module), last, self._get(home))
 
     @property
     def base_model(self) -> nn.Module:
@@ -449,7 +445,7 @@ def _names_of(leaf: str, config: Any, tied: bool = False) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)
 def _repeated(config: Any) -> frozenset[str]:
     """The names that a tied head repeats."""
-    return frozenset(fm.disk_names(config, tied=True, module=True)) - frozenset(fm.disk_names(config, module=True))
+    return frozenset(fm.tied_names(config, module=True))
 
 
 def _register(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
