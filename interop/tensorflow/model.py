@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorflow as tf
-from jax.experimental import jax2tf
 
 import fmodels as fm
 from interop.adapters import PREFIX, adapted
@@ -20,6 +19,7 @@ from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
 from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy, to_tensor
 from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
+from interop.tensorflow.programs import convert
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -222,12 +222,12 @@ class TFModel(Pretrained, tf.Module):
         # A table of positions bounds the length; stated, because a symbolic length cannot be compared with it.
         bounded = self._tables.positions is not None and "positions" not in names
         lengths = sorted({shape[-1] for shape in shapes.values()})
-        converted = jax2tf.convert(
+        converted = convert(
             forward,
-            polymorphic_shapes=[None, shapes],
-            polymorphic_constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
-            with_gradient=with_gradient,
-            native_serialization_platforms=PLATFORMS,
+            [None, shapes],
+            constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
+            gradient=with_gradient,
+            platforms=PLATFORMS,
         )
         return lambda inputs: converted(variables, inputs)
 
