@@ -79,6 +79,13 @@ def test_keys_of_published_models():
         assert fields_of(config, keys) == fields_of(config, {})
 
 
+def test_old_names_of_classes():
+    for family, name, task in (
+        ("bert", "BertForCausalLM", "causal-lm"), ("t5", "T5WithLMHeadModel", "seq2seq-lm"), ("llama", "LLaMAForCausalLM", "causal-lm"),
+    ):  # fmt: skip
+        assert FAMILIES[family].config.from_hf({"architectures": [name]}).task == task
+
+
 def test_original_positions_of_phi3():
     """The key beside `rope_parameters` goes before that in it, also where it has only its default."""
     rope = LONG | {"original_max_position_embeddings": 8, "partial_rotary_factor": 0.0625}

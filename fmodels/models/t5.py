@@ -83,6 +83,7 @@ class Config(_seq2seq.Config):
         "token-classification": "T5ForTokenClassification",
         "question-answering": "T5ForQuestionAnswering",
     }
+    OTHERS: ClassVar[Mapping[str, str]] = {"T5WithLMHeadModel": "seq2seq-lm"}
     ONE_PART: ClassVar[Mapping[str, str]] = {"encoder": "encoder", "token-classification": "encoder"}
     SHIFTS: ClassVar[tuple[str, ...]] = ("sequence-classification", "question-answering")
 
