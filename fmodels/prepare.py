@@ -214,11 +214,12 @@ def typed(key: Key) -> Key:
 
 def _check_task(config: Config) -> bool:
     """Whether the model has an encoder; raises if it makes no text."""
-    if config.task not in LM_TASKS or not getattr(config, "causal", True) or config.task == "masked-lm":
+    causal = getattr(config, "causal", True)
+    if config.task not in LM_TASKS or not causal or config.task == "masked-lm":
         raise ValueError(
             f"generate: expected a causal language model, got a {config.model_type} for task {config.task!r}; "
             "load it with task='causal-lm'"
-            + ("" if getattr(config, "causal", True) else " and is_decoder true in config.json")
+            + ("" if causal else ", of a model whose tokens see only those before them (config.causal)")
         )
     return config.task == "seq2seq-lm"
 
