@@ -57,7 +57,7 @@ NEITHER = {
     **dict.fromkeys(["set_decoder", "set_encoder"], CONTAINERS),
     "retrieve_modules_from_names": "named_modules() and named_parameters() list all",
     "named_non_persistent_buffers": "all buffers are saved",
-    "get_expanded_tied_weights_keys": "fm.disk_names(config, tied=True) has the repeated names",
+    "get_expanded_tied_weights_keys": "fm.tied_names(config) has them",
     "tie_embeddings_and_encoder_decoder": "tie_weights",
     "generation_config_class": "fm.GenerationConfig",
     "module": "the model is its own module",

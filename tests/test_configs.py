@@ -42,6 +42,29 @@ def test_old_and_other_keys():
         (transformers.BloomConfig, "bloom", {"n_embed": 48, "num_attention_heads": 6}, ("hidden_size", "num_heads")),
         (transformers.OPTConfig, "opt", {"hidden_size": 24, "enable_bias": False}, ("embedding_size", "mlp_bias")),
         (transformers.XGLMConfig, "xglm", {"hidden_size": 32, "num_hidden_layers": 3}, ("head_dim", "num_layers")),
+        (
+            transformers.GPT2Config,
+            "gpt2",
+            {"hidden_size": 48, "max_position_embeddings": 64},
+            ("hidden_size", "max_positions"),
+        ),
+        (
+            transformers.GPTJConfig,
+            "gptj",
+            {"num_attention_heads": 4, "num_hidden_layers": 2},
+            ("num_heads", "num_layers"),
+        ),
+        (
+            transformers.DistilBertConfig,
+            "distilbert",
+            {"hidden_size": 24, "num_hidden_layers": 2},
+            ("hidden_size", "num_layers"),
+        ),
+        (transformers.T5Config, "t5", {"hidden_size": 24, "head_dim": 6}, ("hidden_size", "head_dim")),
+        (transformers.BartConfig, "bart", {"hidden_size": 64, "num_attention_heads": 4}, ("hidden_size", "num_heads")),
+        (transformers.MixtralConfig, "mixtral", {"num_experts": 4}, ("num_experts",)),
+        (transformers.GptOssConfig, "gpt_oss", {"num_experts": 16}, ("num_experts",)),
+        (transformers.DeepseekV3Config, "deepseek_v3", {"num_local_experts": 64}, ("num_experts",)),
         (transformers.FalconConfig, "falcon", {"n_embed": 142, "num_attention_heads": 71}, ("hidden_size", "head_dim")),
         (transformers.GptOssConfig, "gpt_oss", {"rope_theta": 500.0}, ("rope",)),
         (transformers.GPTNeoConfig, "gpt_neo", {"attention_layers": ["local"] * 24}, ("attention_layers", "kinds")),
@@ -77,6 +100,13 @@ def test_keys_of_published_models():
     ):  # fmt: skip
         config = FAMILIES[family].config
         assert fields_of(config, keys) == fields_of(config, {})
+
+
+def test_old_names_of_classes():
+    for family, name, task in (
+        ("bert", "BertForCausalLM", "causal-lm"), ("t5", "T5WithLMHeadModel", "seq2seq-lm"), ("llama", "LLaMAForCausalLM", "causal-lm"),
+    ):  # fmt: skip
+        assert FAMILIES[family].config.from_hf({"architectures": [name]}).task == task
 
 
 def test_original_positions_of_phi3():

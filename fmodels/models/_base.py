@@ -124,6 +124,8 @@ class Config:
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    OTHERS: ClassVar[Mapping[str, str]] = {}
+    """Names of classes of old versions and of other libraries -> task."""
     gguf: ClassVar[Gguf | None] = None
     """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
     norm: ClassVar[str] = "layer"
@@ -185,6 +187,11 @@ class Config:
     def position_offset(self) -> int:
         """Rows of the table of positions before that of the first position."""
         return 0
+
+    @property
+    def longest_short(self) -> int | None:
+        """The longest text whose cache a longer one cannot go on from; None where all can."""
+        return None
 
     @property
     def repeats_head(self) -> bool:
@@ -290,12 +297,12 @@ class Config:
             raise ValueError(
                 f"load: config.json of this {cls.model_type} model has no 'architectures'; pass task=, one of {', '.join(known.values())}"
             )
-        if architectures[0] not in known:
+        if architectures[0] not in {**known, **cls.OTHERS}:
             raise ValueError(
                 f"load: architecture {architectures[0]!r} is not supported for {cls.model_type}; supported are "
                 f"{', '.join(known)}. Pass task=, one of {', '.join(known.values())}, to load it as another."
             )
-        return known[architectures[0]]
+        return {**known, **cls.OTHERS}[architectures[0]]
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` reads back to an equal config, in the form of transformers 5."""

@@ -77,6 +77,9 @@ class Config(_seq2seq.Config):
         "decoder_start_token_id": "decoder_start_token_id",
         "tie_word_embeddings": "tie_word_embeddings",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
+    }  # fmt: skip
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         """activation_dropout attention_dropout dropout classifier_dropout classif_dropout encoder_layerdrop
         decoder_layerdrop num_hidden_layers force_bos_token_to_be_generated save_step

@@ -85,6 +85,7 @@ class Config(_mixture.Config):
         "num_groups_kept": "topk_group",
         "interleaved": "rope_interleave",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_local_experts": "n_routed_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | frozenset(
         "num_nextn_predict_layers num_mtp_layers aux_loss_alpha seq_aux ep_size".split()
     )

@@ -60,6 +60,7 @@ class Config(_mixture.Config):
         "swiglu_alpha": "swiglu_alpha",
         "swiglu_limit": "swiglu_limit",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | {"experts_per_token", "initial_context_length"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("GptOss", *_decoder.CLASSIFIERS)
 

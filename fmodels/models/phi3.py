@@ -48,6 +48,12 @@ class Config(_decoder.Config):
     }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Phi3", *_decoder.CLASSIFIERS)
 
+    @property
+    def longest_short(self) -> int | None:
+        rope = self.rope
+        switches = rope.type == "longrope" and rope.short_factor != rope.long_factor
+        return rope.original_max_positions if switches else None
+
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         key = "original_max_position_embeddings"  # goes before that of rope_parameters, also where it is not given

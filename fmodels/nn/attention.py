@@ -66,7 +66,8 @@ def attend(
         present: `(b t)` bool, True for real tokens.
         cache: with the tokens before these; one that they fill from end to end has none.
         causal: whether a token of this call sees only those of this call at its own place and before it.
-        window: how many tokens a token of a causal model sees at most, itself included; only real tokens count.
+        window: how many tokens a token of a causal model sees at most, itself included. Columns count, as in transformers; but
+            with a cache only real tokens, so that padding behind a prompt takes no place.
         slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
         reach: how many columns away a token of an encoder sees others, before it and behind it.
     """
@@ -79,9 +80,10 @@ def attend(
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]
     if window is not None:
-        places = jnp.cumsum(present, axis=-1, dtype=jnp.int32)
+        places = jnp.arange(t, dtype=jnp.int32)[None]
         if cache is not None:
-            places = places + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+            before = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+            places = jnp.cumsum(present, axis=-1, dtype=jnp.int32) + before
         new = new & (places[:, :, None] - places[:, None, :] < window)
         if old is not None and cache is not None:
             before, there = jnp.cumsum(cache.mask, axis=-1, dtype=jnp.int32), cache.mask
