@@ -35,6 +35,7 @@ ADAPTERS = {
     "fused-dora": ("gpt2/causal-lm", {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "rows": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 17, 60]}),
     "biases": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "bias": "all"}),
+    "norms": ("llama/causal-lm", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     "whole-table": ("gpt2/causal-lm/untied", {"target_modules": ["c_fc"], "modules_to_save": ["wte", "lm_head"]}),
     "interleaved": ("gpt_neox/causal-lm", {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"}),
     "head": ("bert/sequence-classification", {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"],

@@ -15,10 +15,10 @@ from jax.experimental import jax2tf
 
 import fmodels as fm
 from interop.adapters import PREFIX, adapted
-from interop.loading import generation_options
+from interop.generation import GeneratedDict, generate
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
-from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy, to_tensor
+from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy
 from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -241,40 +241,36 @@ class TFModel(Pretrained, tf.Module):
         seed: int | None = None,
         key: Any = None,
         **options: Any,
-    ) -> tf.Tensor:
+    ) -> tf.Tensor | GeneratedDict:
         """Continues prompts; see `fm.generate`. Copies the weights once a call; runs eagerly, not in a `tf.function`.
 
         Args:
-            tokens: `(b t)` int32 or int64 prompts, padded on either side. Also `input_ids`.
+            tokens: `(b t)` int32 or int64 prompts, padded on either side. Also `input_ids` and `inputs`.
             mask: `(b t)` bool or 0/1. Also `attention_mask`.
             max_new_tokens: how many tokens to add at most.
             generation_config: `fm.GenerationConfig` or transformers'; `options` go before it.
             seed: a number for sampling, or `key`.
             key: JAX's random key.
-            **options: by the names of `fm.GenerationConfig`, such as `do_sample=True, top_p=0.9`.
+            **options: by the names of `fm.GenerationConfig`, such as `do_sample=True, top_p=0.9`; other arguments of
+                `fm.generate`, such as `decoder_tokens` (also `decoder_input_ids`); and `return_dict_in_generate`.
 
         Returns:
-            `(b t+n)`, prompts and new tokens, in the dtype of `tokens`.
+            `(b t+n)`, prompts and new tokens, in the dtype of `tokens`; with `return_dict_in_generate=True` a `GeneratedDict`.
         """
         aliases = {name: options.pop(name) for name in ("input_ids", "attention_mask") if name in options}
+        tokens = options.pop("inputs", None) if tokens is None else tokens
         inputs = read_inputs("generate", self.config, {"tokens": tokens, "mask": mask}, aliases)
         if any(tf.is_symbolic_tensor(tensor) for tensor in inputs.values()):
             raise ValueError("generate: it compiles its own loop; call it outside of tf.function")
         if seed is not None and key is not None:
             raise TypeError("generate: pass one of seed= and key=")
-        prompt = inputs["tokens"]
-        base = None if generation_config is None else generation_options(generation_config)
-        new = fm.GenerationConfig(**options)
-        generated = fm.generate(
-            self._adapted(),
-            self.config,
-            prompt.numpy(),
-            mask=inputs["mask"].numpy() if "mask" in inputs else None,
-            max_new_tokens=max_new_tokens,
-            key=key if seed is None else jax.random.key(seed),
-            options=new if base is None else base.replace(**new.to_hf()),
-        )
-        return tf.cast(to_tensor(np.asarray(generated.tokens)), prompt.dtype)
+        sequences, whole = generate(
+            self._adapted(), self.config, {name: tensor.numpy() for name, tensor in inputs.items()}, tf.convert_to_tensor,
+            max_new_tokens=max_new_tokens, generation_config=generation_config,
+            key=key if seed is None else jax.random.key(seed), options=options,
+        )  # fmt: skip
+        sequences = tf.cast(sequences, inputs["tokens"].dtype)
+        return sequences if whole is None else whole._replace(sequences=sequences)
 
     # --- tables and heads ---------------------------------------------------------------------------------------------
 
