@@ -33,6 +33,11 @@ class TFOutput(NamedTuple):
         pooled: `(b d)`, the pooler's output; also `pooler_output`.
         sequence_logits: float32; the second head of models that have two.
         encoder_hidden: `(b s d)`, of encoder-decoder models.
+        hidden_states: `(l+1 b t d)`, on request, as the others.
+        encoder_hidden_states: `(l+1 b s d)`.
+        attentions: `(l b h t t)`.
+        cross_attentions: `(l b h t s)`.
+        encoder_attentions: `(l b h s s)`.
     """
 
     logits: Any = None
@@ -40,6 +45,11 @@ class TFOutput(NamedTuple):
     pooled: Any = None
     sequence_logits: Any = None
     encoder_hidden: Any = None
+    hidden_states: Any = None
+    encoder_hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    encoder_attentions: Any = None
 
     @property
     def last_hidden_state(self) -> Any:
@@ -170,6 +180,11 @@ class TFModel(Pretrained, tf.Module):
         *,
         decoder_tokens: Any = None,
         decoder_mask: Any = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        training: bool | None = None,
         **aliases: Any,
     ) -> TFOutput:
         """Runs the model; see `fm.forward`.
@@ -181,6 +196,11 @@ class TFModel(Pretrained, tf.Module):
             token_types: `(b t)` int. Also `token_type_ids`.
             decoder_tokens: `(b t)` int, of encoder-decoder models. Also `decoder_input_ids`.
             decoder_mask: `(b t)` bool or 0/1. Also `decoder_attention_mask`.
+            hidden_states: also return the input of every layer.
+            attentions: also return the weights of every attention.
+            output_hidden_states: another name of `hidden_states`.
+            output_attentions: another name of `attentions`.
+            training: of no effect: there is no dropout.
             **aliases: the inputs by transformers' names, such as `model(**tokenizer(texts, return_tensors="tf"))`.
 
         Returns:
@@ -198,23 +218,33 @@ class TFModel(Pretrained, tf.Module):
         inputs = read_inputs("TFModel", self.config, given, aliases)
         check_values(self._tables, inputs)
         ready = {name: tf.cast(value, kind_of(name)) for name, value in inputs.items()}
-        key = (tuple(ready), inputs["tokens"].shape.rank)
+        options = {
+            "hidden_states": hidden_states or output_hidden_states,
+            "attentions": attentions or output_attentions,
+        }
+        asked = tuple(name for name, wanted in options.items() if wanted)
+        key = (tuple(ready), inputs["tokens"].shape.rank, asked)
         functions = self._functions.by_inputs
         if key not in functions:
             spec = {n: tf.TensorSpec([None] * key[1], t.dtype, name=n) for n, t in ready.items()}
-            converted = self._convert(ready, key[1], with_gradient=True)
+            converted = self._convert(ready, key[1], asked)
             functions[key] = tf.function(converted, input_signature=[spec], autograph=False)
         return TFOutput(**functions[key](ready))
 
-    def _convert(self, names: Iterable[str], rank: int, *, with_gradient: bool) -> Any:
+    def _convert(self, names: Iterable[str], rank: int, asked: tuple[str, ...]) -> Any:
         """A TensorFlow function of a dict of inputs, whose batch and length may be anything."""
         config, remat, using = self.config, self.is_gradient_checkpointing, self._using()
+        options: dict[str, Any] = dict.fromkeys(asked, True)
         variables = {**self.named_variables, **self.adapter_variables}
 
         def forward(tensors: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
             params = adapted(fm.from_disk(own, config), config, tensors, using)
-            out = fm.forward(params, config, **inputs, remat=remat)
+            out = fm.forward(params, config, **inputs, remat=remat, **options)
+            if isinstance(out.attentions, tuple):
+                raise ValueError(
+                    "TFModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+                )
             fields = {name: getattr(out, name) for name in TFOutput._fields}
             return {name: value for name, value in fields.items() if value is not None}
 
@@ -226,7 +256,7 @@ class TFModel(Pretrained, tf.Module):
             forward,
             polymorphic_shapes=[None, shapes],
             polymorphic_constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
-            with_gradient=with_gradient,
+            with_gradient=True,
             native_serialization_platforms=PLATFORMS,
         )
         return lambda inputs: converted(variables, inputs)

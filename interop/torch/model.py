@@ -31,7 +31,7 @@ class TorchModel(Pretrained, nn.Module):
     `named_parameters()`, `state_dict()`, `load_state_dict()`, `torch.optim`, `copy.deepcopy`, `torch.save` and the
     conversions of dtype work as for any module, and the methods of transformers' models have their names here
     (`interop.methods` lists those that there are not). There is no dropout: `train()` and `eval()` change nothing, nor does
-    `torch.autocast`: the dtypes of the parameters say what is computed in which. Gradients
+    `torch.autocast`: the dtypes of the parameters say what is computed in which. JAX compiles it, `torch.compile` cannot. Gradients
     come from `jax.vjp`, compiled once per shape of the inputs; second derivatives are not available. A tied head is one
     Parameter under two names.
 
@@ -404,8 +404,8 @@ class TorchModel(Pretrained, nn.Module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
         if apart := [name for name in _repeated(self.config) if name in tensors]:
             raise ValueError(
-                f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; assign to "
-                "the embedding, or make the module with tie_word_embeddings=False in its config"
+                f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; tie_weights() "
+                "takes that of the embedding, a module with tie_word_embeddings=False in its config keeps both"
             )
         return tensors
 

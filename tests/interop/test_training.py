@@ -107,3 +107,15 @@ def test_fit_of_keras_trains_the_model():
         layer(tokens)
     with pytest.raises(ValueError, match="has no pooled"):
         TFLayer(model, output="pooled")(tokens)
+
+
+@pytest.mark.slow
+def test_mixed_precision_of_keras_changes_nothing():
+    model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
+    before = model(tokens).logits.numpy()
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        network = tf.keras.Sequential([tf.keras.Input((4,), dtype="int32"), TFLayer(model)])
+        np.testing.assert_array_equal(network.predict(tokens, verbose=0), before)
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
