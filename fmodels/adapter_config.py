@@ -17,7 +17,6 @@ IRRELEVANT = frozenset(
 """Keys that change no number that a trained adapter computes; they are kept and written back."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
     "lora_bias": (False,),
     "enable_lora": (None,),
     "megatron_config": (None,),
@@ -128,12 +127,17 @@ class AdapterConfig:
         Raises:
             ValueError: a key is not understood, or has a value that is not supported; all are listed.
         """
+        if (kind := data.get("peft_type")) != "LORA":
+            raise ValueError(
+                f"load_adapter: peft_type={kind!r} is not supported, only 'LORA'; if PEFT's merge_and_unload can put the adapter "
+                "into the model, save that and load it"
+            )
         names = {field.name for field in dataclasses.fields(cls)} - {"data"}
         problems = []
-        for key, value in {"peft_type": None, **data}.items():
+        for key, value in data.items():
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 problems.append(f"{key}={value!r} is not supported, only {' or '.join(map(repr, NEUTRAL[key]))}")
-            elif key not in names and key not in IRRELEVANT and key not in NEUTRAL:
+            elif key not in {*names, *IRRELEVANT, *NEUTRAL, "peft_type"}:
                 problems.append(f"unknown key {key!r} (value {value!r})")
         if problems:
             raise ValueError(

@@ -338,6 +338,13 @@ def test_configs_that_are_refused(key, tmp_path):
         fm.load_adapter(tmp_path)
 
 
+def test_other_kinds_are_refused_in_one_line(tmp_path):
+    data = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "token_dim": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"^load_adapter: peft_type='PREFIX_TUNING' is not supported.*load it$"):
+        fm.load_adapter(tmp_path)
+
+
 def test_adapters_that_do_not_fit(several, made, tmp_path):
     loaded, _, (one, two, _) = several
     params, config = loaded.params, loaded.config

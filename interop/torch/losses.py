@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from interop.torch.arrays import kind_of
+
 IGNORED = -100
 """The label of a place that does not count."""
 
@@ -22,12 +24,14 @@ LABELS = {
 """Task -> names of its labels; of the others it is `labels`."""
 
 
-def check_labels(config: Any, labels: Mapping[str, Tensor]) -> None:
-    """Raises a TypeError for labels that the task has not."""
+def check_labels(config: Any, labels: Mapping[str, Any]) -> None:
+    """Raises a TypeError for labels that the task has not, or that are no tensors."""
     known = LABELS.get(config.task, {"labels"})
     if odd := sorted(labels.keys() - known):
         has = f"takes {', '.join(sorted(known))}" if known else "has no labels"
         raise TypeError(f"TorchModel: {config.model_type} of task {config.task!r} {has}; got {', '.join(odd)}")
+    if odd := [f"{name} {kind_of(label)}" for name, label in labels.items() if not isinstance(label, Tensor)]:
+        raise TypeError(f"TorchModel: labels must be torch.Tensors, got {', '.join(odd)}; use torch.tensor(…)")
 
 
 def shifted_right(config: Any, labels: Tensor) -> Tensor:
@@ -81,5 +85,9 @@ def loss_of(
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
+    if labels.numel() != logits[..., 0].numel():
+        raise ValueError(
+            f"TorchModel: labels are {tuple(labels.shape)}, for logits {tuple(logits.shape)}; expected one each"
+        )
     rows = logits.reshape(-1, logits.shape[-1])
     return functional.cross_entropy(rows, labels.reshape(-1).to(torch.int64), ignore_index=ignored)

@@ -73,6 +73,7 @@ class TorchModel(Pretrained, nn.Module):
             if id(tensor) not in own:
                 own[id(tensor)] = tensor.clone() if name in buffers else _parameter(tensor)
         _register(self, fm.tree.unflatten({name: own[id(tensor)] for name, tensor in tensors.items()}))
+        self.eval()  # as what transformers loads
 
     def forward(
         self,

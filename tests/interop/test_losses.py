@@ -59,5 +59,9 @@ def test_arguments_of_transformers(case):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     with pytest.raises(TypeError, match="takes labels; got start_positions"):
         model(tokens, start_positions=torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"labels must be torch\.Tensors, got labels list"):
+        model(tokens, labels=[[5, 6, 7]])
+    with pytest.raises(ValueError, match=r"labels are \(1, 1\), for logits \(1, 2, 61\)"):
+        model(tokens, labels=tokens[:, 1:])
     with pytest.raises(KeyError, match="no 'loss'"):
         model(tokens)["loss"]
