@@ -20,11 +20,10 @@ import numpy as np
 from fmodels import programs, tree
 from fmodels.api import check, forward
 from fmodels.arrays import Target, target
-from fmodels.checkpoint import save
+from fmodels.checkpoint import disk_tensors, save
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
 from fmodels.prepare import bucket, prepare
-from fmodels.transforms.adapters import check_merged
 from fmodels.types import Array, Params
 from fmodels.weights.quantized import dialects_of
 
@@ -362,8 +361,8 @@ def write(
     Raises:
         ValueError: as `export_forward`.
     """
-    check_merged("export", params)
     check(params, config)
+    disk_tensors(params, config)  # raises for what cannot be saved
     folder = Path(folder)
     record = read_record(folder) if (folder / RECORD).exists() else {}
     leaves = leaves_of(params)

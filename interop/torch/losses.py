@@ -35,10 +35,20 @@ def check_labels(config: Any, labels: Mapping[str, Any]) -> None:
 
 
 def shifted_right(config: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads that shall say `labels`: all but the last, after the token that starts it."""
+    """What a decoder reads that shall say `labels`: all but the last, after the token that starts it.
+
+    Raises:
+        ValueError: labels that do not count, and no pad token to be read in their place.
+    """
     tokens = labels.new_full(labels.shape, config.decoder_start_token_id)
     tokens[..., 1:] = labels[..., :-1]
-    return tokens.masked_fill(tokens == IGNORED, config.pad_token_id)
+    ignored = tokens == IGNORED
+    if config.pad_token_id is None and bool(ignored.any()):
+        raise ValueError(
+            f"TorchModel: labels hold {IGNORED}, and the config has no pad_token_id for the decoder to read there; pass "
+            "decoder_tokens="
+        )
+    return tokens if config.pad_token_id is None else tokens.masked_fill(ignored, config.pad_token_id)
 
 
 def loss_of(
