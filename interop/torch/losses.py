@@ -15,7 +15,6 @@ IGNORED = -100
 """The label of a place that does not count."""
 
 LABELS = {
-    "double-heads": {"labels", "mc_labels"},
     "pretraining": {"labels", "next_sentence_label", "sentence_order_label"},
     "question-answering": {"start_positions", "end_positions"},
     "base": set[str](),

@@ -97,7 +97,6 @@ class TorchModel(Pretrained, nn.Module):
         return_dict: bool | None = None,
         use_cache: bool | None = None,
         labels: Tensor | None = None,
-        mc_labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         sentence_order_label: Tensor | None = None,
         start_positions: Tensor | None = None,
@@ -125,8 +124,8 @@ class TorchModel(Pretrained, nn.Module):
             return_dict: False returns `to_tuple()`.
             use_cache: of no effect: `generate` has a cache, this has none.
             labels: of each token, or of each row: what `loss` is computed of, as transformers does for the task; -100 does not
-                count. Without decoder tokens an encoder-decoder language model reads them shifted to the right.
-            mc_labels: `(b)`, the right choice, of double heads.
+                count. Of double heads those of the language model. Without decoder tokens an encoder-decoder language model
+                reads them shifted to the right.
             next_sentence_label: `(b)`, of BERT's pretraining.
             sentence_order_label: `(b)`, of ALBERT's pretraining.
             start_positions: `(b)`, of question answering.
@@ -138,8 +137,8 @@ class TorchModel(Pretrained, nn.Module):
                 CPU, or that no longer fit `.config`; `attentions` of layers that differ in their heads.
         """
         given = {
-            "labels": labels, "mc_labels": mc_labels, "next_sentence_label": next_sentence_label,
-            "sentence_order_label": sentence_order_label, "start_positions": start_positions, "end_positions": end_positions,
+            "labels": labels, "next_sentence_label": next_sentence_label, "sentence_order_label": sentence_order_label,
+            "start_positions": start_positions, "end_positions": end_positions,
         }  # fmt: skip
         given = {name: label for name, label in given.items() if label is not None}
         check_labels(self.config, given)
