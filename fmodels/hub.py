@@ -333,11 +333,20 @@ def _is_unreachable(error: BaseException) -> bool:
 
     if isinstance(error, errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
-    # By name: which HTTP library raises them changes with the version of huggingface_hub.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or bool(
-        names & {"TransportError", "ConnectError", "TimeoutException", "ConnectionError", "Timeout"}
+    names = _kinds(error)
+    return isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or (
+        bool(names & {"TransportError", "ConnectError", "TimeoutException", "ConnectionError", "Timeout"})
+        and not names & BAD_HEADER
     )
+
+
+BAD_HEADER = {"LocalProtocolError", "InvalidHeader"}
+"""What the client's HTTP library raises of a token that no header can hold."""
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """By name: which HTTP library raises them changes with the version of huggingface_hub."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 @contextmanager
@@ -382,6 +391,7 @@ def _advice(error: Exception) -> str:
             "the Hub cannot be reached and the cache does not have it; check the network and HF_ENDPOINT",
         ),
         (lambda e: isinstance(e, errors.HFValidationError), "no valid id; write 'owner/name'"),
+        (lambda e: bool(_kinds(e) & BAD_HEADER), "the token is empty or no token; check token="),
     ]
     status = f" with status {error.response.status_code}" if getattr(error, "response", None) is not None else ""  # type: ignore[attr-defined]
     default = f"failed ({type(error).__name__}{status}); the cause is above, try again or check the arguments"

@@ -163,7 +163,8 @@ def test_refusals(site, tmp_path):
     assert "revision 'v9'" in refusal(hub.resolve, "me/private", token="right", revision="v9")[0]
     assert "weights.pth" in refusal(hub.resolve, "me/empty")[0]
     assert "not complete" in refusal(hub.resolve, "me/private", local_files_only=True)[0]
-    refusal(hub.resolve, "me/private", token=SECRET + "\n")  # an illegal header, which the HTTP library quotes
+    for token in (SECRET + "\n", ""):  # illegal headers, which the HTTP library quotes
+        assert "check token=" in refusal(hub.resolve, "me/private", token=token)[0]
     assert hub.resolve("me/private", token="right").is_dir()
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +61,19 @@ class TorchOutput:
                 raise KeyError(f"TorchOutput: there is no {key!r}")
             return getattr(self, key)
         return self.to_tuple()[key]
+
+
+def _flatten(out: TorchOutput) -> tuple[list[Tensor], list[str]]:
+    there = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}
+    there = {name: value for name, value in there.items() if value is not None}
+    return list(there.values()), list(there)
+
+
+# As transformers does with its outputs: DistributedDataParallel(static_graph=True) finds the tensors in no other way, and would
+# leave the gradients of each process as they are.
+_pytree.register_pytree_node(
+    TorchOutput,
+    _flatten,
+    lambda values, names: TorchOutput(**dict(zip(names, values, strict=True))),
+    serialized_type_name="interop.torch.TorchOutput",
+)

@@ -62,11 +62,12 @@ model = TorchModel(fm.init(config, jax.random.key(0)), config)
 tokens = torch.arange(32).reshape(8, 4) % 11
 model(tokens).logits.logsumexp(-1).mean().backward()
 want = [p.grad.clone() for p in model.parameters()]
-model.zero_grad(set_to_none=True)
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-parallel(tokens[4 * rank : 4 * rank + 4]).logits.logsumexp(-1).mean().backward()
-for p, gradient in zip(model.parameters(), want, strict=True):
-    torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
+for options in ({}, {"static_graph": True}):
+    model.zero_grad(set_to_none=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, **options)
+    parallel(tokens[4 * rank : 4 * rank + 4]).logits.logsumexp(-1).mean().backward()
+    for p, gradient in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
 dist.destroy_process_group()
 print("equal")
 """
