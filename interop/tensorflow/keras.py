@@ -56,7 +56,7 @@ class TFLayer(tf.keras.layers.Layer):
         Raises:
             ValueError: the model has got other variables since; it does not give the output that the layer is made for.
         """
-        if any(a is not b.value for a, b in zip(self.model.variables, self.weights, strict=True)):
+        if {id(variable) for variable in self.model.variables} != {id(weight.value) for weight in self.weights}:
             raise ValueError("TFLayer: its model has got new variables, which Keras does not train; make a new TFLayer")
         out = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         value = getattr(out, self.output_field)

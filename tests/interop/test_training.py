@@ -120,3 +120,15 @@ def test_mixed_precision_of_keras_changes_nothing():
         np.testing.assert_array_equal(network.predict(tokens, verbose=0), before)
     finally:
         tf.keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.slow
+def test_fit_of_keras_trains_an_adapter_alone():
+    model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
+    model.add_adapter({"r": 2, "target_modules": ["c_attn"]}, seed=0)
+    own = {name: variable.numpy() for name, variable in model.named_variables.items()}
+    network = tf.keras.Sequential([tf.keras.Input((4,), dtype="int32"), TFLayer(model)])
+    network.compile(tf.keras.optimizers.Adam(0.1), tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = network.fit(tokens, tokens, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0], losses
+    assert all(np.array_equal(variable.numpy(), own[name]) for name, variable in model.named_variables.items())
