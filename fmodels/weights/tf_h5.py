@@ -72,7 +72,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         )
     try:
         # The descriptor, not the path, is opened: both readers see the same file.
-        with open(os.dup(file.fd), "rb") as stream, h5py.File(stream, "r") as root:
+        # Without a buffer: a buffered stream raises ValueError, not OverflowError, for places beyond 2⁶³.
+        with open(os.dup(file.fd), "rb", buffering=0) as stream, h5py.File(stream, "r") as root:
             return _read(root, file)
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise ValueError(f"read: {str(path)!r} is damaged ({brief(str(error))}); {AGAIN}") from None
