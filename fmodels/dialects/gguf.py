@@ -27,7 +27,7 @@ from fmodels.dialects.gguf_config import config_from_gguf, metadata
 from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
-from fmodels.dialects.gguf_tokenizer import tokenizer_metadata
+from fmodels.dialects.gguf_tokenizer import has_tokenizer, tokenizer_metadata
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
 from fmodels.weights.ggml import Blocks
@@ -40,16 +40,16 @@ logger = logging.getLogger("fmodels")
 
 
 def with_tokenizer(given: Mapping[str, Any], folder: Path, config: Config) -> dict[str, Any]:
-    """The metadata of a file, with those of the folder's tokenizer.json if they have no tokenizer.
+    """The metadata of a file, with those of the folder's tokenizer if they have none.
 
     A tokenizer that llama.cpp has not, or that is not written yet, is left out with a warning that says why.
     """
-    if "tokenizer.ggml.tokens" in given or not (folder / "tokenizer.json").is_file():
+    if "tokenizer.ggml.tokens" in given or not has_tokenizer(folder):
         return dict(given)
     try:
         return {**tokenizer_metadata(folder, config.vocab_size), **given}
     except ValueError as error:
-        logger.warning("write: the GGUF file has no tokenizer, as of tokenizer.json: %s", error)
+        logger.warning("write: the GGUF file has no tokenizer, as of the one in %r: %s", str(folder), error)
         return dict(given)
 
 
