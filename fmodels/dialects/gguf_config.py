@@ -170,6 +170,11 @@ class _Reader:
         found["head_dim"] = self.size("attention.key_length", max(hidden // heads, 1))
         if self.size("attention.value_length", found["head_dim"]) != found["head_dim"]:
             self.problems.append(f"{self.prefix}attention.value_length is not that of keys, which is not supported")
+        if own.square and found["head_dim"] * heads != hidden:
+            self.problems.append(
+                f"{self.prefix}attention.key_length={found['head_dim']} of {heads} heads must make "
+                f"embedding_length={hidden} together, as llama.cpp has them"
+            )
         if self.get(_epsilon(kind)) is None:
             self.problems.append(f"{self.prefix}{_epsilon(kind)} is missing")
         found["norm_eps"] = self.real(_epsilon(kind), 1e-6)

@@ -36,6 +36,7 @@ class Config(_decoder.Config):
     gguf: ClassVar[Gguf | None] = Gguf(
         "phi3",
         fields=WINDOW | {"original_max_positions": "rope.scaling.original_context_length"},
+        square=True,
         factors=("longrope",),
     )
     partial: ClassVar[bool] = True

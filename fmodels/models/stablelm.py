@@ -35,7 +35,7 @@ class Config(_decoder.Config):
 
     model_type: ClassVar[str] = "stablelm"
     gguf: ClassVar[Gguf | None] = Gguf(
-        "stablelm", shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight"}
+        "stablelm", shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight"}, square=True
     )
     own_kv_heads: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
