@@ -326,11 +326,13 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
             f"{config.model_type} model:\n  " + "\n  ".join(differences) + "\nSave it in another format."
         )
     kept = {key: value for key, value in (given or {}).items() if not key.startswith(f"{own.architecture}.")}
+    first = {"general.alignment"}  # what `given` knows better: where a tokenizer puts a start token, it is its own
+    first |= {TOKENS["bos_token_id"]} if kept.get("tokenizer.ggml.add_bos_token") else set()
     return {
         **found,
         "tokenizer.ggml.model": "none",
         **kept,
-        **{key: v for key, v in found.items() if key != "general.alignment"},
+        **{key: value for key, value in found.items() if key not in kept.keys() & first},
     }
 
 
