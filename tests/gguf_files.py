@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import fmodels as fm
 from fmodels.models import family
 from fmodels.nn import linear
+from fmodels.types import Params
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
@@ -175,7 +176,7 @@ def llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
     return found.to(torch.float32).numpy()
 
 
-def drawn(name: str, architecture: str, row: dict[str, Any]) -> tuple[fm.types.Params, Any]:
+def drawn(name: str, architecture: str, row: dict[str, Any]) -> tuple[Params, Any]:
     """A model whose numbers numpy draws, the same ones on all machines, of a row of `tests.test_gguf.ROWS`."""
     kind = name.split("/")[0]
     config = family(kind).config.from_hf({**row, "model_type": kind, "architectures": [architecture]})

@@ -2,7 +2,7 @@
 
 Names follow from the leaf that a family's rule names, and a rule's tensor lies in GGUF as its leaf does, output axes first;
 so GPT-2's weights are transposed, and tensors that have queries, keys and values of each head side by side get all queries
-first. What else differs:
+first; blocks of quantised matrices lie along input axes and stay whole in both. What else differs:
 
 * in `llama` and what derives from it, the rows of queries and keys are ordered for rotary pairs that lie side by side;
 * the scales of Gemma's norms have 1 added, in float32, and are rounded to multiples of 2⁻²⁴ or so by that: those of bfloat16
@@ -30,8 +30,8 @@ from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
 from fmodels.dialects.gguf_tokenizer import has_tokenizer, tokenizer_metadata
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
-from fmodels.weights.ggml import Blocks
-from fmodels.weights.rules import Place
+from fmodels.weights.ggml import Blocks, Turned
+from fmodels.weights.rules import Place, Rule
 from fmodels.weights.tensors import cast, listing
 
 __all__ = ["config", "config_from_gguf", "metadata", "read", "with_tokenizer", "write"]
@@ -139,13 +139,11 @@ def _to_torch(name: str, place: Place, held: list[Source], parts: Mapping[str, T
     """The tensor of PyTorch's from those of GGUF."""
     size, rule = place.sizes(config), place.rule
     straight = [_straight(source, part, size, back=True) for source, part in zip(held, parts.values(), strict=True)]
-    if len(straight) == 1 and held[0].rule.layouts == rule.layouts and rule.within is None:
-        found = dataclasses.replace(straight[0], name=name)
-        return (
-            Moved(name, found.dtype, found.shape, found.get, origin=parts, kind=type(config))
-            if held[0].shifted
-            else found
-        )
+    if (moved := _in_other_order(held[0].rule, straight[0], rule, size)) is not None:
+        found = dataclasses.replace(moved, name=name)
+        if not held[0].shifted:
+            return found
+        return Moved(name, found.dtype, found.shape, found.get, origin=parts, kind=type(config))
     dtype = _common(straight)
 
     def get() -> np.ndarray:
@@ -162,15 +160,37 @@ def _from_torch(name: str, place: Place, source: Source, tensor: Tensor, config:
     if isinstance(tensor, Moved) and name in tensor.origin and tensor.kind is type(config):
         return tensor.origin[name]
     size, rule = place.sizes(config), place.rule
-    if source.rule.leaves == rule.leaves and source.rule.layouts == rule.layouts and rule.within is None:
-        return _straight(source, dataclasses.replace(tensor, name=name), size, back=False)
+    moved = _in_other_order(rule, tensor, source.rule, size)
+    if moved is None:
 
-    def get() -> np.ndarray:
-        leaves = rules.from_disk(rule, tensor.array(), size)
-        return rules.to_disk(source.rule, leaves, np.concatenate)
+        def get() -> np.ndarray:
+            leaves = rules.from_disk(rule, tensor.array(), size)
+            return rules.to_disk(source.rule, leaves, np.concatenate)
 
-    moved = Tensor.lazy(name, tensor.dtype, rules.disk_shape(source.rule, size), get)
-    return _straight(source, moved, size, back=False)
+        moved = Tensor.lazy(name, tensor.dtype, rules.disk_shape(source.rule, size), get)
+    return _straight(source, dataclasses.replace(moved, name=name), size, back=False)
+
+
+def _in_other_order(given: Rule, tensor: Tensor, wanted: Rule, size: Mapping[str, int]) -> Tensor | None:
+    """A tensor of one rule as that of another where both hold the same leaves, quantised as before; None if they do not.
+
+    That is so as long as blocks stay whole, which lie along input axes: where rows change places, and where a matrix is
+    turned as a whole.
+    """
+    if given.leaves != wanted.leaves:
+        return None
+    if given.layouts == wanted.layouts:
+        if given.within == wanted.within:
+            return tensor
+
+        def change(array: np.ndarray) -> np.ndarray:
+            own = dict(size) | dict.fromkeys(given.layouts[0][1:], int(array.shape[-1]))  # inputs, or bytes of them
+            return rules.to_disk(wanted, rules.from_disk(given, array, own), np.concatenate)
+
+        return ggml.rows(tensor, change)
+    if isinstance(tensor, Turned):
+        return tensor.blocks
+    return Turned.of(tensor.name, tensor) if isinstance(tensor, Blocks) and rules.is_turned(wanted) else None
 
 
 def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: bool) -> Tensor:

@@ -77,8 +77,8 @@ def of_json(tokenizer: Mapping[str, Any]) -> Vocabulary:
 def _vocabulary(
     pieces: dict[int, Piece], spaces: Spaces, *, greedy: bool, special: Mapping[str, int] | None = None
 ) -> Vocabulary:
-    special = dict(special or {})
-    special |= {"unk": number for number, piece in pieces.items() if piece.type == UNKNOWN}
+    unknown = [number for number, piece in pieces.items() if piece.type == UNKNOWN]
+    special = {**(special or {}), **({"unk": unknown[0]} if unknown else {})}
     bytes_ = {piece.text for piece in pieces.values() if piece.type == BYTE}
     if greedy and (spaces.merged or spaces.charsmap):
         what = "merges spaces" if spaces.merged else "replaces characters"

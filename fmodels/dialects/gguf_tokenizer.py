@@ -35,7 +35,6 @@ IDS = {
 """Token in tokenizer_config.json -> key after `tokenizer.ggml.`, spelled as there."""
 
 
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint's folder holds a tokenizer of which GGUF may have something."""
     return any((folder / name).is_file() for name in ("tokenizer.json", *MODELS))

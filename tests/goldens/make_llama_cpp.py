@@ -213,7 +213,9 @@ def tokenize(folder, work, kind):
 def logits(name, folder):
     """What llama.cpp computes of a model of fmodels, which must be what fmodels does."""
     architecture, row = ROWS[name]
-    params, config = gguf_files.drawn(name, architecture, row | {"sliding_window": None} if name in WITHOUT_WINDOWS else row)
+    params, config = gguf_files.drawn(
+        name, architecture, row | {"sliding_window": None} if name in WITHOUT_WINDOWS else row
+    )
     fm.save(params, config, folder, format="gguf")
     with gguf_files.gelu_of_float16():
         want = np.asarray(fm.forward(params, config, np.array([TOKENS])).logits)[0]
