@@ -226,6 +226,18 @@ def test_quantised_files(rows, tmp_path):
     )
 
 
+def test_axes_of_one(rows, tmp_path):
+    """llama.cpp's converter has written the gate of Qwen2's shared expert with and without one."""
+    loaded, path = rows("qwen2_moe")
+    tensors, metadata = ours.read(path)
+    name = "blk.0.ffn_gate_inp_shexp.weight"
+    assert tensors[name].shape == (24,)
+    one = Tensor.lazy(name, np.float32, (1, 24), lambda: tensors[name].array()[None])
+    ours.write(tmp_path / "x.gguf", {**tensors, name: one}, metadata)
+    own, theirs = flat(fm.load(tmp_path / "x.gguf")[0]), flat(loaded.params)
+    assert all(same(array, theirs[leaf]) for leaf, array in own.items())
+
+
 def test_tokenizer_is_kept(rows, tmp_path):
     loaded, path = rows("llama")
     tensors, metadata = ours.read(path)

@@ -14,6 +14,7 @@ import transformers
 from transformers.convert_slow_tokenizer import import_protobuf
 
 import fmodels as fm
+from fmodels.dialects.gguf_sentencepiece import spaces_of
 from fmodels.dialects.gguf_tokenizer import tokenizer_metadata
 from fmodels.weights.sentencepiece import read_sentencepiece
 from tests import gguf_files
@@ -132,6 +133,10 @@ def test_models_of_sentencepiece(kind, name):
 
 UNIGRAM = {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}}
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+SPACE = "\u2581"
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+MERGE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE}
+OLD_METASPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
 BYTES = {f"<0x{i:02X}>": i for i in range(256)}
 
 
@@ -142,6 +147,7 @@ BYTES = {f"<0x{i:02X}>": i for i in range(256)}
         (UNIGRAM | {"pre_tokenizer": METASPACE | {"replacement": "_"}}, "its step .*'_'.* is not in llama.cpp"),
         (UNIGRAM | {"pre_tokenizer": METASPACE, "normalizer": {"type": "NFKC"}}, "its step .*NFKC"),
         (UNIGRAM | {"pre_tokenizer": METASPACE, "normalizer": {"type": "Precompiled"}}, "precompiled_charsmap is None"),
+        (UNIGRAM | {"pre_tokenizer": METASPACE, "normalizer": {"type": "Strip"}}, "takes spaces away at the ends alone"),
         ({"model": {"type": "Unigram", "vocab": [["a"]]}, "pre_tokenizer": METASPACE}, "its piece 0 is"),
         ({"model": {"type": "Unigram", "vocab": [["<0x41>", 0.0]], "byte_fallback": True}, "pre_tokenizer": METASPACE},
          "Unigram with tokens for bytes"),
@@ -168,6 +174,28 @@ def test_files_that_are_no_model_of_sentencepiece(raw, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(raw)
     with pytest.raises(ValueError, match=r"'tokenizer\.model' is no model of SentencePiece"):
         tokenizer_metadata(tmp_path, 300)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre", "want"),
+    [
+        # Llama 2 and Phi-3; T5, as old versions wrote it; XLM-R; ALBERT's kind without its letters
+        (
+            {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, REPLACE]},
+            None,
+            (True, False, b""),
+        ),
+        (
+            {"type": "Precompiled", "precompiled_charsmap": "AAEC"},
+            {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, OLD_METASPACE]},
+            (True, True, bytes(range(3))),
+        ),
+        ({"type": "Sequence", "normalizers": [{"type": "Strip"}, MERGE]}, METASPACE, (True, True, b"")),
+        (REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}, (False, False, b"")),
+    ],
+)
+def test_how_published_tokenizers_treat_spaces(normalizer, pre, want):
+    assert spaces_of({"normalizer": normalizer, "pre_tokenizer": pre}) == want
 
 
 def test_the_start_token_is_the_tokenizers(tmp_path):

@@ -62,6 +62,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     weights = family(config).weights
     found: dict[str, Tensor] = {}
     used: set[str] = {name for name in tensors if is_factor_tensor(name, config)}
+    fitting: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, place in {**weights.places_of_other_tasks(config), **weights.places(config)}.items():
         held = sources(place.rule, config)
@@ -73,16 +74,27 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         for source, n in zip(held, names, strict=True):
             want = rules.disk_shape(source.rule, size)
             want = want if place.expert is None else (size["x"], *want)
-            if tensors[n].shape != want and place.expert in (None, 0):
+            if (one := _with_axes(tensors[n], want)) is not None:
+                fitting[n] = one
+            elif place.expert in (None, 0):
                 problems.append(f"{n!r} has shape {list(tensors[n].shape)}, expected {list(want)}")
         if not problems:
-            parts = {n: tensors[n] if place.expert is None else ggml.part(tensors[n], place.expert) for n in names}
+            parts = {n: fitting[n] if place.expert is None else ggml.part(fitting[n], place.expert) for n in names}
             found[name] = _to_torch(name, place, held, parts, config)
     if problems:
         raise ValueError(
             f"load: {len(problems)} tensors of the GGUF file do not fit its metadata:\n  {listing(problems, sep='; ')}"
         )
     return {**found, **{name: tensor for name, tensor in tensors.items() if name not in used}}
+
+
+def _with_axes(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor if it has the shape but for axes of 1, which llama.cpp does not tell apart; Qwen2's gates have come with one."""
+    if tensor.shape == shape or [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+        return tensor if tensor.shape == shape else None
+    if isinstance(tensor, Blocks):
+        return None
+    return dataclasses.replace(tensor, shape=shape, get=lambda: tensor.array().reshape(shape))
 
 
 def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

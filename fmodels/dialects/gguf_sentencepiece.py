@@ -4,7 +4,8 @@ llama.cpp has two. `"llama"` joins the two neighbours whose piece has the highes
 merges: the score of a piece is minus the rank of the first merge that makes it. It joins any two that make a piece, where
 `tokenizers` wants the pair to be among the merges; those made from a `tokenizer.model` hold all pairs, and `tokenizers` trained
 on texts hardly ever meet another one. It replaces no characters. `"t5"` looks for the best sum of scores, as Unigram does,
-after it has replaced characters by a table.
+after it has replaced characters by a table; what the table does not make a space, as a line's end, is none. Both put the space
+of a prefix behind special tokens, too, whatever a tokenizer.json says.
 
 Source: conversion/base.py (`_create_vocab_sentencepiece`), conversion/t5.py, conversion/bert.py (`_xlmroberta_set_vocab`) and
 src/llama-vocab.cpp of llama.cpp.
@@ -132,7 +133,7 @@ def spaces_of(tokenizer: Mapping[str, Any]) -> Spaces:
         >>> spaces_of({"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}})
         Spaces(prefix=True, merged=False, charsmap=b'')
     """
-    prefix = merged = escaped = False
+    prefix = merged = escaped = stripped = False
     charsmap = b""
     for step in [
         *steps(tokenizer.get("normalizer"), "normalizers"),
@@ -150,10 +151,14 @@ def spaces_of(tokenizer: Mapping[str, Any]) -> Spaces:
             merged = True
         elif kind == "Replace" and pattern == {"String": " "} and step.get("content") == SPACE:
             escaped = True
-        elif not (kind == "Strip" or (kind == "Split" and escaped and pattern == {"String": " "})):
+        elif kind == "Strip":
+            stripped = True
+        elif not (kind == "Split" and escaped and pattern == {"String": " "}):
             raise ValueError(f"its step {brief(step, 300)} is not in llama.cpp")
     if not escaped:
         raise ValueError(f"it does not write spaces as {SPACE!r}, which llama.cpp does")
+    if stripped and not merged:
+        raise ValueError("it takes spaces away at the ends alone, which llama.cpp does not")
     return Spaces(prefix, merged, charsmap)
 
 
