@@ -45,6 +45,7 @@ from fmodels.layout import LoadingInfo as LoadingInfo
 from fmodels.layout import disk_names as disk_names
 from fmodels.layout import from_disk as from_disk
 from fmodels.layout import loading_info as loading_info
+from fmodels.layout import tied_names as tied_names
 from fmodels.layout import to_disk as to_disk
 from fmodels.many import Continuation as Continuation
 from fmodels.many import generate_many as generate_many

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,6 @@ IRRELEVANT = frozenset(
 """Keys that change no number that a trained adapter computes; they are kept and written back."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
     "lora_bias": (False,),
     "enable_lora": (None,),
     "megatron_config": (None,),
@@ -60,7 +60,7 @@ class AdapterConfig:
         fan_in_fan_out: whether PyTorch's matrices have their inputs first, as GPT-2's; the tensors of an adapter do not
             depend on it.
         bias: which biases are the adapter's own: `"none"`, `"all"`, or `"lora_only"` for those of adapted modules.
-        modules_to_save: names, or ends of names, of modules that the adapter has whole.
+        modules_to_save: names of modules that the adapter has whole, or ends of them, even in the middle of a word.
         trainable_token_indices: numbers of tokens whose embeddings are the adapter's own; or pairs of a module's name and
             such numbers.
         init_lora_weights: how a new adapter begins: True, `"gaussian"`, or False for one that changes the model. Trained ones
@@ -127,12 +127,17 @@ class AdapterConfig:
         Raises:
             ValueError: a key is not understood, or has a value that is not supported; all are listed.
         """
+        if (kind := data.get("peft_type")) != "LORA":
+            raise ValueError(
+                f"load_adapter: peft_type={kind!r} is not supported, only 'LORA'; if PEFT's merge_and_unload can put the adapter "
+                "into the model, save that and load it"
+            )
         names = {field.name for field in dataclasses.fields(cls)} - {"data"}
         problems = []
-        for key, value in {"peft_type": None, **data}.items():
+        for key, value in data.items():
             if key in NEUTRAL and value not in NEUTRAL[key]:
                 problems.append(f"{key}={value!r} is not supported, only {' or '.join(map(repr, NEUTRAL[key]))}")
-            elif key not in names and key not in IRRELEVANT and key not in NEUTRAL:
+            elif key not in {*names, *IRRELEVANT, *NEUTRAL, "peft_type"}:
                 problems.append(f"unknown key {key!r} (value {value!r})")
         if problems:
             raise ValueError(
@@ -190,15 +195,23 @@ class AdapterConfig:
         return json.loads(dict(self.data).get("task_type", "null"))
 
     def saved(self, modules: Iterable[str]) -> list[str]:
-        """The modules that the adapter has whole."""
-        return [m for m in modules if any(_is_inside(m, saved) for saved in self.modules_to_save or ())]
+        """The modules that the adapter has whole, or that lie in such a one.
+
+        Source: PEFT's `_set_trainable`, for which `"input_layernorm"` ends with `"norm"`.
+        """
+        ends = self.modules_to_save or ()
+        return [
+            m
+            for m in modules
+            if any(stem.endswith(ends) for stem in itertools.accumulate(m.split("."), "{}.{}".format))
+        ]
 
     def _is_excluded(self, name: str) -> bool:
         if isinstance(self.exclude_modules, str):
             excluded = bool(self.exclude_modules) and re.fullmatch(self.exclude_modules, name) is not None
         else:
             excluded = _ends(name, self.exclude_modules or ())
-        return excluded or bool(self.saved([name]))
+        return excluded or any(_is_inside(name, saved) for saved in self.modules_to_save or ())
 
     def _is_in_layers(self, name: str) -> bool:
         layers = self.layers_to_transform

@@ -14,6 +14,7 @@ import numpy as np
 
 from fmodels import dialects, hub, layout, schema, tree
 from fmodels.api import check
+from fmodels.arrays import Quantized, check_plain
 from fmodels.dialects.tree import from_leaves
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config, family
@@ -363,6 +364,7 @@ def disk_tensors(params: Params, config: Config) -> dict[str, Tensor]:
     """The tensors that `save` writes, by name; each is brought to the host when its array is asked for."""
     check_merged("save", params)
     flat = tree.flatten(params)
+    check_plain("save", {path: leaf for path, leaf in flat.items() if not isinstance(leaf, Quantized)})
     return from_leaves(flat, config, lambda path: np.asarray(flat[path]))[0]
 
 

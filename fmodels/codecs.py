@@ -152,7 +152,9 @@ class Ggml(Codec):
 
     def decode(self, parts: Parts) -> Array:
         blocks = parts["blocks"]
-        scale = jax.lax.bitcast_convert_type(blocks[..., :2], jnp.float16).astype(jnp.float32)
+        # Not two bytes at once, which an export does not know of rows whose number it does not know.
+        bits = blocks[..., 0].astype(jnp.uint16) | blocks[..., 1].astype(jnp.uint16) << 8
+        scale = jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
         codes = blocks[..., 2:]
         if self.type == "q8_0":
             numbers = jax.lax.bitcast_convert_type(codes, jnp.int8)

@@ -19,12 +19,13 @@ import numpy as np
 
 from fmodels import programs, tree
 from fmodels.api import check, forward
-from fmodels.arrays import Target, check_plain, target
-from fmodels.checkpoint import save
+from fmodels.arrays import Target, target
+from fmodels.checkpoint import disk_tensors, save
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
 from fmodels.prepare import bucket, prepare
 from fmodels.types import Array, Params
+from fmodels.weights.quantized import dialects_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """Those that programs are exported for if nothing else is asked for; `"rocm"` is possible, too."""
@@ -230,8 +231,30 @@ def lower(
         for name, (axes, dtype) in program.inputs.items()
     }
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    structure = jax.tree.structure(params)
+
+    def run(params: Params, given: dict[str, Array]) -> dict[str, Array]:
+        return program.function(jax.tree.unflatten(structure, jax.tree.leaves(params)), given)
+
     with target(Target(few_rows=not gradient)):
-        return jax.export.export(jax.jit(program.function), platforms=platforms)(shapes, given)
+        return jax.export.export(jax.jit(run), platforms=platforms)(bare(shapes), given)
+
+
+def bare(params: Params) -> Params:
+    """The tree as programs take it: a list of its arrays in place of a quantised leaf, which no file of jax.export can name."""
+    return tree.map_leaves(lambda _, leaf: jax.tree.leaves(leaf) if hasattr(leaf, "einsum") else leaf, params)
+
+
+def leaves_of(params: Params) -> dict[str, list[Any]]:
+    """Path -> dtype and shape of a leaf, then those of the parts of a quantised one: what a program is made for."""
+
+    def describe(x: Any) -> list[Any]:
+        return [x.dtype.name, *x.shape]
+
+    return {
+        path: describe(leaf) + (list(map(describe, jax.tree.leaves(leaf))) if hasattr(leaf, "einsum") else [])
+        for path, leaf in tree.flatten(params).items()
+    }
 
 
 def export_forward(
@@ -250,7 +273,7 @@ def export_forward(
     months; the checkpoint lasts.
 
     Args:
-        params: the tree of plain arrays, stacked or a tuple of layers, as the program will take it.
+        params: the tree, stacked or a tuple of layers, as the program will take it. Quantised leaves that `load` gave stay so.
         config: its config.
         folder: gets `forward.jax`, `export.json`, and what `fm.save` writes.
         inputs: those of `fm.forward` that it takes; None for tokens and mask, of the decoder too if there is one.
@@ -258,7 +281,7 @@ def export_forward(
         gradient: whether `jax.grad` can go through it.
 
     Raises:
-        ValueError: the tree does not fit the config or holds something else than arrays; inputs that the model lacks; unknown
+        ValueError: the tree does not fit the config, or has leaves that `save` cannot write; inputs that the model lacks; unknown
             platforms.
 
     Example:
@@ -338,11 +361,11 @@ def write(
     Raises:
         ValueError: as `export_forward`.
     """
-    check_plain("export", params)
     check(params, config)
+    disk_tensors(params, config)  # raises for what cannot be saved
     folder = Path(folder)
     record = read_record(folder) if (folder / RECORD).exists() else {}
-    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in tree.flatten(params).items()}
+    leaves = leaves_of(params)
     if other := [n for n, written in record.items() if n not in programs and written["params"] != leaves]:
         raise ValueError(
             f"export: {str(folder)!r} holds {other[0]}.jax for other leaves (stacked and listed layers differ, too); choose "
@@ -363,7 +386,7 @@ def write(
             **program.info,
             "params": leaves,
         }
-    save(params, config, folder)
+    save(params, config, folder, format="gguf" if "gguf" in dialects_of(params) else "safetensors")
     for name in programs:
         record[name]["config"] = read_config(folder)
     contents[RECORD] = (json.dumps(record, indent=1) + "\n").encode()

@@ -16,7 +16,7 @@ import numpy as np
 from fmodels import schema, tree
 from fmodels.api import inputs
 from fmodels.checkpoint import load
-from fmodels.export import RECORD, read_config, read_record, width
+from fmodels.export import RECORD, bare, leaves_of, read_config, read_record, width
 from fmodels.generation.config import GenerationConfig
 from fmodels.models import Config
 from fmodels.prepare import Generated
@@ -177,14 +177,25 @@ def load_exported(folder: str | os.PathLike[str]) -> Exported:
     folder = Path(folder)
     record = read_record(folder)
     stacked = all(schema.split_layer(path)[1] is None for written in record.values() for path in written["params"])
-    params, config = load(folder, layers="stacked" if stacked else "list")
-    leaves = {path: [leaf.dtype.name, *leaf.shape] for path, leaf in tree.flatten(params).items()}
+    written = next(iter(record.values()))["params"]
+    quantized = {path for path, leaf in written.items() if any(isinstance(part, list) for part in leaf)}
+    params, config = load(folder, layers="stacked" if stacked else "list", dequantize=False if quantized else None)
+
+    def as_written(path: str, leaf: Any) -> Any:  # what a quantised leaf stands for no file of weights tells
+        return leaf.astype(written[path][0]) if path in quantized else leaf
+
+    params = tree.map_leaves(as_written, params)
+    leaves = leaves_of(params)
     found = {}
     for name, written in record.items():
         data = (folder / f"{name}.jax").read_bytes()
         _check(name, written, data, leaves, read_config(folder))
-        found[name] = jax.jit(jax.export.deserialize(bytearray(data)).call)
+        found[name] = _taking_trees(jax.export.deserialize(bytearray(data)))
     return Exported(params, config, record, found)
+
+
+def _taking_trees(exported: jax.export.Exported) -> Callable[..., Any]:
+    return jax.jit(lambda params, given: exported.call(bare(params), given))
 
 
 def _check(name: str, written: dict[str, Any], data: bytes, leaves: dict[str, Any], config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ SMALL = (  # what belongs to a checkpoint besides its weights, as far as it has 
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
+NO_REVISION = re.compile(r"^[-/]|//|[/.]$|\.\.|(^|/)\.|@\{|[\x00-\x20\x7f~^:?*\[\\]")
+"""What Git allows in no name of a branch or tag; `..` would lead the Hub's client out of the folder of its cache."""
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -65,6 +68,7 @@ def resolve(
         The folder (or the file, if `source` is one).
 
     Raises:
+        ValueError: a revision or subfolder that cannot be one.
         FileNotFoundError: a path that does not exist, or a repository without weights.
         OSError: the Hub cannot serve it: no such repository or revision, no access, no connection and not cached.
 
@@ -85,8 +89,8 @@ def resolve(
             f"load: expected a folder, a file or a Hub id such as 'owner/name', {name!r} does not exist "
             f"(looked in {os.getcwd()!r}); check the path"
         )
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    revision = revision or "main"
+    prefix = _prefix(subfolder)
+    revision = _checked("load", revision) or "main"
 
     def cached() -> Path | None:
         return _cached(name, revision, prefix, cache_dir, variant, format)
@@ -124,8 +128,9 @@ def resolve_adapter(source: str | os.PathLike[str], *, subfolder: str | None = N
         return resolve(source, subfolder=subfolder)
     from huggingface_hub import snapshot_download
 
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    with _errors("load", name, options.get("revision") or "main", options.get("token")):
+    prefix = _prefix(subfolder)
+    revision = _checked("load", options.get("revision")) or "main"
+    with _errors("load", name, revision, options.get("token")):
         wanted = [glob.escape(prefix + file) for file in ADAPTER]
         return Path(snapshot_download(name, allow_patterns=wanted, **options)) / prefix
 
@@ -139,6 +144,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     variant: str | None = None,
     card: Callable[[], str] | None = None,
 ) -> str:
@@ -154,6 +160,7 @@ def push(
         revision: the branch.
         create_pr: proposes the commit in place of pushing it.
         commit_message: "Upload model" if None.
+        commit_description: what stands below the message.
         variant: of the weights that are pushed.
         card: gives a model card, for a repository that has none when the folder has none.
 
@@ -161,9 +168,10 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
+        ValueError: a revision that cannot be one.
         OSError: no such folder, or the Hub refuses or cannot be reached.
     """
-    folder = Path(folder)
+    folder, revision = Path(folder), _checked("push", revision)
     if not folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(folder)!r} is none; save the checkpoint first")
     with _errors("push", repo_id, revision or "main", token):
@@ -181,7 +189,23 @@ def push(
                     os.symlink(path.resolve(), Path(place) / path.name)
                 (Path(place) / "README.md").write_text(card(), encoding="utf-8")
                 folder = Path(place)
-            return _upload(api, folder, repo_id, stale, revision, create_pr, commit_message)
+            text = {"commit_message": commit_message or "Upload model", "commit_description": commit_description}
+            return _upload(api, folder, repo_id, stale, revision, create_pr, text)
+
+
+def _checked(verb: str, revision: str | None) -> str | None:
+    """A revision, None for none; raises for what cannot be one."""
+    if revision and NO_REVISION.search(revision):
+        raise ValueError(f"{verb}: revision {revision!r} can be no branch, tag or commit; check revision=")
+    return revision or None
+
+
+def _prefix(subfolder: str | None) -> str:
+    """What the names of files in a folder of a repository begin with; raises for folders outside of it."""
+    parts = [part for part in (subfolder or "").split("/") if part]
+    if {".", ".."} & set(parts):
+        raise ValueError(f"load: subfolder {subfolder!r} is no folder of a repository; check subfolder=")
+    return "".join(f"{part}/" for part in parts)
 
 
 def _has_card(api: Any, repo_id: str, revision: str | None) -> bool:
@@ -189,17 +213,17 @@ def _has_card(api: Any, repo_id: str, revision: str | None) -> bool:
 
 
 def _upload(
-    api: Any, folder: Path, repo_id: str, stale: list[str], revision: str | None, create_pr: bool, message: str | None
+    api: Any, folder: Path, repo_id: str, stale: list[str], revision: str | None, create_pr: bool, text: dict[str, Any]
 ) -> str:
     """One commit; returns its address."""
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        commit_message=message or "Upload model",
         revision=revision,
         create_pr=create_pr,
         delete_patterns=stale or None,
         ignore_patterns=[".*.saving-*", ".*.saving-*/*"],  # what a killed save left
+        **text,
     )
     return str(commit.pr_url or commit.commit_url)
 
@@ -309,11 +333,20 @@ def _is_unreachable(error: BaseException) -> bool:
 
     if isinstance(error, errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
-    # By name: which HTTP library raises them changes with the version of huggingface_hub.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or bool(
-        names & {"TransportError", "ConnectError", "TimeoutException", "ConnectionError", "Timeout"}
+    names = _kinds(error)
+    return isinstance(error, errors.LocalEntryNotFoundError | ConnectionError) or (
+        bool(names & {"TransportError", "ConnectError", "TimeoutException", "ConnectionError", "Timeout"})
+        and not names & BAD_HEADER
     )
+
+
+BAD_HEADER = {"LocalProtocolError", "InvalidHeader"}
+"""What the client's HTTP library raises of a token that no header can hold."""
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """By name: which HTTP library raises them changes with the version of huggingface_hub."""
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 @contextmanager
@@ -348,12 +381,17 @@ def _advice(error: Exception) -> str:
             ),
             "access refused; give token= with the right to do this, or run `hf auth login`",
         ),
+        (
+            lambda e: isinstance(e, errors.HfHubHTTPError) and e.response is not None and e.response.status_code == 429,
+            "the Hub has had too many requests from here; wait some minutes, or give token=, which allows more",
+        ),
         (lambda e: isinstance(e, errors.OfflineModeIsEnabled), "the network is off (HF_HUB_OFFLINE); unset it"),
         (
             _is_unreachable,
             "the Hub cannot be reached and the cache does not have it; check the network and HF_ENDPOINT",
         ),
         (lambda e: isinstance(e, errors.HFValidationError), "no valid id; write 'owner/name'"),
+        (lambda e: bool(_kinds(e) & BAD_HEADER), "the token is empty or no token; check token="),
     ]
     status = f" with status {error.response.status_code}" if getattr(error, "response", None) is not None else ""  # type: ignore[attr-defined]
     default = f"failed ({type(error).__name__}{status}); the cause is above, try again or check the arguments"

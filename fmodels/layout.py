@@ -218,7 +218,7 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
         described = quantized.join(lazy, json.loads(config.quantization))
     planned = plan({name: tuple(a.shape) for name, a in described.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
-    experts: dict[str, list[Any]] = {}
+    parts: dict[str, list[Any]] = {}
     packed: dict[rules.Rule, list[tuple[quantized.Packed, Place]]] = {}
     for name, place in planned.tensors.items():
         where = place.leaves(stacked=False)
@@ -226,11 +226,11 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
             packed.setdefault(place.rule, []).append((tensor, place))
             continue
         for path, leaf in rules.from_disk(place.rule, tensors[name], place.sizes(config)).items():
-            if place.expert is None:
+            if place.number is None:
                 leaves[where[path]] = leaf
             else:  # they come in order
-                experts.setdefault(where[path], []).append(leaf)
-    leaves |= {path: stack(*parts) for path, parts in experts.items()}
+                parts.setdefault(where[path], []).append(leaf)
+    leaves |= {path: stack(*all_parts) for path, all_parts in parts.items()}
     for rule, members in packed.items():
         found = quantized.leaves(rule, members, members[0][1].sizes(config), stacked=False, dtype=None)
         if both := found.keys() & leaves.keys():
@@ -307,6 +307,24 @@ def disk_names(config: Config, *, tied: bool = False, module: bool = False) -> d
     if tied:
         names = _with_repeats(names, {name: (leaf,) for name, leaf in weights.repeats(config).items()}, weights)
     return names
+
+
+def tied_names(config: Config, *, module: bool = False) -> dict[str, str]:
+    """Name on disk that repeats a tensor, as that of a tied head -> the name of that tensor.
+
+    Args:
+        config: the config.
+        module: names of PyTorch's `state_dict`, as in `to_disk`.
+
+    Example:
+        >>> import fmodels as fm
+        >>> fm.tied_names(fm.models.gpt2.Config(task="causal-lm"))
+        {'lm_head.weight': 'transformer.wte.weight'}
+    """
+    own = disk_names(config, module=module)
+    first = {leaves: name for name, leaves in reversed(own.items())}
+    every = disk_names(config, tied=True, module=module)
+    return {name: first[leaves] for name, leaves in every.items() if name not in own}
 
 
 def _with_repeats(own: dict[str, Any], repeats: dict[str, Any], weights: rules.Weights) -> dict[str, Any]:

@@ -147,6 +147,7 @@ def prepare(
     if prefix is not None:
         prompt, present, fed, fed_mask = _after(prefix, prompt, present)
     count = _count(_table(params, config), first, max_new_tokens, prompt.shape[1], int(present.sum(-1).max()))
+    _check_switch(config, int(present.sum(-1).max()), count)
     if any(row.do_sample for row in rows) and key is None:
         raise ValueError("generate: sampling needs a random key; pass key=jax.random.key(0), or do_sample=False")
     vocabulary = params["embed"]["tokens"].shape[0]
@@ -213,11 +214,12 @@ def typed(key: Key) -> Key:
 
 def _check_task(config: Config) -> bool:
     """Whether the model has an encoder; raises if it makes no text."""
-    if config.task not in LM_TASKS or not getattr(config, "causal", True) or config.task == "masked-lm":
+    causal = getattr(config, "causal", True)
+    if config.task not in LM_TASKS or not causal or config.task == "masked-lm":
         raise ValueError(
             f"generate: expected a causal language model, got a {config.model_type} for task {config.task!r}; "
             "load it with task='causal-lm'"
-            + ("" if getattr(config, "causal", True) else " and is_decoder true in config.json")
+            + ("" if causal else ", of a model whose tokens see only those before them (config.causal)")
         )
     return config.task == "seq2seq-lm"
 
@@ -307,6 +309,16 @@ def _count(table: int | None, options: GenerationConfig, max_new_tokens: int | N
     if room is not None and room < 0:
         raise ValueError(f"generate: the prompt has {real} tokens, more than the {room + real} positions of the model")
     return int(count)
+
+
+def _check_switch(config: Config, real: int, count: int) -> None:
+    edge = config.longest_short
+    if edge is not None and real <= edge < real + count - 1:
+        raise NotImplementedError(
+            f"generate: beyond {edge} tokens {config.model_type} has other rotary factors, for which the cache would have to be "
+            f"computed again; the prompt has {real} tokens and {count} are to be added. Pass max_new_tokens={edge + 1 - real}, and "
+            "go on from the text that comes"
+        )
 
 
 def _left(prompt: np.ndarray, present: np.ndarray, table: int | None) -> tuple[Array, Array]:

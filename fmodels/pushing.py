@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from fmodels import hub
@@ -25,10 +26,13 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     format: str = "safetensors",
+    dtype: Any = None,
     max_shard_size: int | str | None = None,
     variant: str | None = None,
     certificate: Certificate | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     """Saves the checkpoint to a temporary folder and uploads it; the repository is made if it is not there.
 
@@ -43,10 +47,13 @@ def push_to_hub(
         revision: branch to commit to.
         create_pr: open a pull request.
         commit_message: of the commit.
+        commit_description: of the commit, beside its message.
         format: as in `save`.
+        dtype: as in `save`.
         max_shard_size: as in `save`.
         variant: as in `save`.
         certificate: what `fm.verify` found; it goes into the card.
+        tags: more of them for the card.
 
     Returns:
         The address of the commit or pull request.
@@ -55,10 +62,11 @@ def push_to_hub(
         OSError: the Hub cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save(params, config, folder, format=format, max_shard_size=max_shard_size, variant=variant)
+        save(params, config, folder, format=format, dtype=dtype, max_shard_size=max_shard_size, variant=variant)
         return push_folder(
             folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-            commit_message=commit_message, variant=variant, certificate=certificate,
+            commit_message=commit_message, commit_description=commit_description, variant=variant, certificate=certificate,
+            tags=tags,
         )  # fmt: skip
 
 
@@ -68,6 +76,7 @@ def push_folder(
     *,
     variant: str | None = None,
     certificate: Certificate | None = None,
+    tags: Sequence[str] = (),
     **options: Any,
 ) -> str:
     """Uploads a checkpoint folder, with a model card if there is none; options as in `push_to_hub`.
@@ -86,7 +95,7 @@ def push_folder(
     def card() -> str:
         return model_card(
             config, name=repo_id, parameters=sum(tensor.size for tensor in tensors.values()), bytes_by_dtype=sizes,
-            sha256=digest_of(tensors, config), certificate=certificate,
+            sha256=digest_of(tensors, config), certificate=certificate, tags=tags,
         )  # fmt: skip
 
     return hub.push(folder, repo_id, card=card, variant=variant, **options)

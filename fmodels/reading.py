@@ -61,7 +61,7 @@ def read_tree(
             target = _target_dtype(members[0][0].dtype, dtype)
             done: dict[str, np.ndarray] = {}
             first = members[0][1]
-            if (stacked and first.layer is not None) or first.expert is not None:
+            if (stacked and first.layer is not None) or first.number is not None:
                 whole = _as_one(rule, config, target, [tensor for tensor, _ in members]) if stacked else None
                 if whole is not None:
                     leaves.update(_to_device(whole, sharding if shardings is None else shardings))
@@ -88,7 +88,7 @@ def _kinds(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> Kinds:
     for name, place in planned.tensors.items():
         kinds.setdefault(place.rule, []).append((tensors[name], place))
     for members in kinds.values():
-        members.sort(key=lambda member: (member[1].layer or 0, member[1].expert or 0))
+        members.sort(key=lambda member: (member[1].layer or 0, member[1].number or 0))
     return kinds
 
 

@@ -155,7 +155,7 @@ def _run_tensorflow(params: Params, config: Config, folder: Path, given: Given, 
 
     module = TFModel(params, config)
     inputs = {"tokens": given.tokens, "mask": given.mask, **given.others}
-    tensors = {name: tf.constant(value) for name, value in inputs.items()}
+    tensors: dict[str, Any] = {name: tf.constant(value) for name, value in inputs.items()}
     with tf.GradientTape() as tape:
         out = module(**tensors)
         outputs = {name: getattr(out, name) for name in FIELDS if getattr(out, name, None) is not None}

@@ -80,10 +80,8 @@ def from_flax(tree: Mapping[str, Any], config: Any) -> fm.Params:
             f"from_flax: {len(wide)} arrays have 64 bits ({wide[0]!r} is {arrays[wide[0]].dtype}), which jax would cut to 32; "
             'cast them, or set jax.config.update("jax_enable_x64", True)'
         )
-    first: dict[tuple[str, ...], str] = {}
-    for name, leaves in fm.disk_names(config, tied=True).items():
-        known = first.setdefault(leaves, name)
-        if name != known and name in arrays and known in arrays and not _same(arrays[name], arrays[known]):
+    for name, known in fm.tied_names(config).items():
+        if name in arrays and known in arrays and not _same(arrays[name], arrays[known]):
             raise ValueError(
                 f"from_flax: the config ties {name!r} to {known!r}, but they differ; "
                 "use dataclasses.replace(config, tie_word_embeddings=False)"

@@ -6,6 +6,7 @@ Weights are assigned: what a checkpoint holds is never initialised first.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -91,7 +92,8 @@ def load(
         to_arrays: makes arrays of numpy of the library's tensors by name, for a config; arrays stay as they are.
         source: a folder, a file or a Hub id; None with `state_dict`.
         output_loading_info: fill `info`.
-        config: in place of the checkpoint's: a config of `fmodels`, a config.json as a dict, or the path of a checkpoint.
+        config: in place of the checkpoint's: a config of `fmodels` or transformers, a config.json as a dict, or the path of a
+            checkpoint.
         state_dict: tensors by name, in place of a source; needs `config`.
         key_mapping: regular expression -> replacement, for the names in the checkpoint; the first that matches counts.
         ignore_mismatched_sizes: tensors whose shape is not the config's are drawn anew, from `key` or `seed`.
@@ -129,7 +131,7 @@ def load(
         raise TypeError("from_pretrained: pass a source, or None and state_dict=")
     if state_dict is not None and config is None:
         raise TypeError("from_pretrained: a state_dict does not say what model it is; pass config=")
-    own = _config(config, task)
+    own = read_config(config, task)
     special = own is not None or options or key_mapping or ignore_mismatched_sizes
     if state_dict is None and not special:
         assert source is not None
@@ -212,26 +214,38 @@ def _readable(options: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **({"format": formats.pop()} if formats else {})}
 
 
-def _config(config: Any, task: str | None) -> Any:
-    """A config of `fmodels` from what `config=` may be; None if it is None."""
+def read_config(config: Any, task: str | None = None) -> Any:
+    """A config of `fmodels` from what `config=` may be: one, transformers', a config.json as a dict, a path; None if it is None."""
     if isinstance(config, str | os.PathLike):
         return fm.load_config(config, task=task)
+    if hasattr(config, "to_json_string"):
+        config = json.loads(config.to_json_string())
     if isinstance(config, Mapping):
         return fm.models.family(config["model_type"]).config.from_hf(config, task=task)
+    if config is not None and not hasattr(config, "to_hf"):
+        raise TypeError(
+            f"from_pretrained: config must be one of fmodels or transformers, a dict or a path, got {type(config).__name__}"
+        )
     if config is not None and task is not None and task != config.task:
         return dataclasses.replace(config, task=task)
     return config
 
 
 def _with_fields(config: Any, options: Mapping[str, Any]) -> Any:
-    """The config with other values of some of its fields."""
+    """The config with other values of some of its fields, by our names, or by those of a config.json."""
     fields = {field.name for field in dataclasses.fields(config)}
-    spelling = {hf: name for name, hf in type(config).HF.items()}
-    changed = {name if name in fields else spelling.get(name, name): value for name, value in options.items()}
-    if odd := sorted(changed.keys() - fields):
-        raise TypeError(
-            f"from_pretrained: {', '.join(map(repr, odd))} is neither an argument nor a field of {config.model_type}.Config"
-        )
+    changed = {name: value for name, value in options.items() if name in fields}
+    if theirs := {name: value for name, value in options.items() if name not in fields}:
+        before = config.to_hf()
+        try:
+            old, new = (config.from_hf(data, task=config.task) for data in (before, {**before, **theirs}))
+        except ValueError as error:
+            kind = TypeError if "unknown key" in str(error) else ValueError
+            names = ", ".join(map(repr, theirs))
+            raise kind(
+                f"from_pretrained: {names}: neither arguments nor fields of {config.model_type}.Config: {error}"
+            ) from None
+        changed = {name: getattr(new, name) for name in fields if getattr(new, name) != getattr(old, name)} | changed
     return dataclasses.replace(config, **changed) if changed else config
 
 
@@ -242,18 +256,19 @@ def _finished(config: Any, generation: Any) -> Any:
 
 
 def generation_options(generation: Any) -> fm.GenerationConfig:
-    """A `fm.GenerationConfig` from one, or from that of transformers.
+    """A `fm.GenerationConfig` from one, from that of transformers, or from a generation_config.json as a dict.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is none of them.
     """
     if isinstance(generation, fm.GenerationConfig):
         return generation
-    if not hasattr(generation, "to_dict"):
+    data = generation.to_dict() if hasattr(generation, "to_dict") else generation
+    if not isinstance(data, Mapping):
         raise TypeError(
-            f"generation_config must be an fm.GenerationConfig or transformers', got {type(generation).__name__}"
+            f"generation_config must be an fm.GenerationConfig, transformers' or a dict, got {type(generation).__name__}"
         )
-    return fm.GenerationConfig.from_hf({n: value for n, value in generation.to_dict().items() if value is not None})
+    return fm.GenerationConfig.from_hf({n: value for n, value in data.items() if value is not None})
 
 
 def _dtype_name(dtype: Any) -> Any:

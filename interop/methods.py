@@ -29,7 +29,7 @@ NEITHER = {
     **dict.fromkeys(["add_model_tags", "model_tags", "create_model_card"], "the card is made by fm.push_to_hub"),
     # what a call returns
     "can_record_outputs": "forward takes hidden_states= and attentions=",
-    "loss_function": "there are no labels: any loss of the logits can be taken",
+    "loss_function": "a loss follows from the task, where there are labels=; any other can be taken of the logits",
     "warn_if_padding_and_no_attention_mask": "padding is what mask= says, and nothing else",
     # attention and devices
     **dict.fromkeys(
@@ -57,7 +57,7 @@ NEITHER = {
     **dict.fromkeys(["set_decoder", "set_encoder"], CONTAINERS),
     "retrieve_modules_from_names": "named_modules() and named_parameters() list all",
     "named_non_persistent_buffers": "all buffers are saved",
-    "get_expanded_tied_weights_keys": "fm.disk_names(config, tied=True) has the repeated names",
+    "get_expanded_tied_weights_keys": "fm.tied_names(config) has them",
     "tie_embeddings_and_encoder_decoder": "tie_weights",
     "generation_config_class": "fm.GenerationConfig",
     "module": "the model is its own module",

@@ -18,13 +18,16 @@ import numpy as np
 import fmodels as fm
 from interop import masks
 from interop.adapters import Adapters
-from interop.loading import load
+from interop.loading import load, read_config
 from interop.positions import resize_positions
 
 logger = logging.getLogger("fmodels")
 
 DUMMY = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 """transformers' example tokens."""
+
+OF_HUB = ("token", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "certificate")
+"""The options of `fm.push_to_hub` that `fm.save` does not have."""
 
 Mask = Mapping[str, Any] | Callable[[str], bool]
 """Which parameters: name -> bool for each, as a nested dict or with dots; or a function of the name with dots."""
@@ -121,7 +124,7 @@ class Pretrained(Adapters):
         """A model with random weights, by its family's scheme.
 
         Args:
-            config: a config of `fmodels`, or a config.json as a dict.
+            config: a config of `fmodels` or transformers, a config.json as a dict, or the path of a checkpoint.
             key: JAX's random key; or `seed`.
             seed: a number.
             dtype: of the weights.
@@ -131,8 +134,7 @@ class Pretrained(Adapters):
         """
         if (key is None) == (seed is None):
             raise TypeError("from_config: the weights are random; pass one of key= and seed=")
-        if isinstance(config, Mapping):
-            config = fm.models.family(config["model_type"]).config.from_hf(config)
+        config = read_config(config)
         return cls(fm.init(config, jax.random.key(seed) if seed is not None else key, dtype=dtype), config)
 
     def save_pretrained(
@@ -145,8 +147,9 @@ class Pretrained(Adapters):
         push_to_hub: bool = False,
         safe_serialization: bool | None = None,
         save_original_format: bool = True,
+        save_peft_format: bool = True,
+        distributed_checkpoint: bool = False,
         repo_id: str | None = None,
-        hub_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Saves a checkpoint that transformers and `from_pretrained` load; with adapters the active one alone, as PEFT does.
@@ -159,17 +162,23 @@ class Pretrained(Adapters):
             push_to_hub: also upload the checkpoint, to `repo_id`.
             safe_serialization: False is `format="torch"`, True is `format="safetensors"`.
             save_original_format: False is refused: files have the names that transformers writes.
+            save_peft_format: False is refused: adapters have the names that PEFT writes.
+            distributed_checkpoint: True is refused: `fm.save` writes one checkpoint.
             repo_id: where to upload; the folder's name if None.
-            hub_options: those of `push_to_hub`.
-            **options: those of `fm.save`: `format`, `max_shard_size`, `variant`; of `fm.save_adapter`: `format`.
+            **options: those of `fm.save`: `format`, `dtype`, `max_shard_size`, `variant`; of `fm.save_adapter`: `format`; with
+                `push_to_hub` those of `fm.push_to_hub`: `token`, `private`, `commit_message`, ….
         """
         if save_function is not None:
             raise TypeError("save_pretrained: save_function is not called by fm.save; leave it out, or pass format=")
-        if not save_original_format:
+        if not save_original_format or not save_peft_format or distributed_checkpoint:
             raise ValueError(
-                "save_pretrained: files have the names that transformers writes; leave save_original_format"
+                "save_pretrained: files have the names that transformers and PEFT write, in one checkpoint; leave "
+                "save_original_format, save_peft_format and distributed_checkpoint out"
             )
         options = _with_format("save_pretrained", safe_serialization, options)
+        of_hub = {name: options.pop(name) for name in list(options) if name in OF_HUB}
+        if of_hub.keys() - {"token"} and not push_to_hub:
+            raise ValueError(f"save_pretrained: {', '.join(of_hub)} change nothing without push_to_hub=True")
         if self._specs and (state_dict is not None or push_to_hub):
             raise ValueError(
                 "save_pretrained: an adapter is saved as it is, to a folder; leave state_dict and push_to_hub"
@@ -183,7 +192,7 @@ class Pretrained(Adapters):
         fm.save(params, self.config, folder, **options)
         if push_to_hub:
             name = Path(folder).resolve().name if repo_id is None else repo_id
-            fm.push_to_hub(params, self.config, name, **options, **(hub_options or {}))
+            fm.push_to_hub(params, self.config, name, **options, **of_hub)
 
     def push_to_hub(
         self, repo_id: str, *, use_temp_dir: bool | None = None, safe_serialization: bool | None = None, **options: Any
@@ -195,7 +204,14 @@ class Pretrained(Adapters):
             use_temp_dir: False is refused: the upload is made in a temporary folder.
             safe_serialization: as for `save_pretrained`.
             **options: token, private, revision, create_pr, commit_message, ….
+
+        Raises:
+            ValueError: the model has adapters, which would not be uploaded.
         """
+        if self._specs:
+            raise ValueError(
+                "push_to_hub: an adapter is saved as it is, to a folder; save_pretrained and upload the folder, or delete_adapter"
+            )
         if use_temp_dir is False:
             raise ValueError(
                 "push_to_hub: it uploads from a temporary folder; leave use_temp_dir out, or save_pretrained and upload the folder"
@@ -355,8 +371,8 @@ class Pretrained(Adapters):
         Args:
             new_size: of the vocabulary; also `new_num_tokens`. None keeps it (with `pad_to_multiple_of`: rounds it up).
             pad_to_multiple_of: the size becomes a multiple of it.
-            **options: `key` and `init` of `fm.resize_embeddings`; `mean_resizing=True` is `init="mean"`, False is
-                `init="normal"`, for which `key` is needed.
+            **options: `key` and `init` of `fm.resize_embeddings`; `seed`, a number in place of a key; `mean_resizing=True` is
+                `init="mean"`, False is `init="normal"`, for which one of the two is needed.
 
         Returns:
             What `get_input_embeddings` gives.
@@ -365,6 +381,10 @@ class Pretrained(Adapters):
             if new_size is not None:
                 raise TypeError("resize_token_embeddings: new_size and new_num_tokens are the same; pass one of them")
             new_size = options.pop("new_num_tokens")
+        if "seed" in options:
+            if "key" in options:
+                raise TypeError("resize_token_embeddings: pass one of key= and seed=")
+            options["key"] = jax.random.key(options.pop("seed"))
         if "mean_resizing" in options:
             options.setdefault("init", "mean" if options.pop("mean_resizing") else "normal")
         if new_size is not None or pad_to_multiple_of is not None:

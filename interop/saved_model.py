@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import tensorflow as tf
-from jax.experimental import jax2tf
 
 import fmodels as fm
+from interop.tensorflow.programs import convert
 
 LONGEST = 2**17
 """Texts up to so many tokens are padded to buckets."""
@@ -100,13 +100,8 @@ def _convert(
         return program.function(fm.from_disk(tensors, config, layers=layers), given)
 
     shapes: Any = [None, {name: axes.replace(" ", ", ") for name, (axes, _) in program.inputs.items()}]
-    converted = jax2tf.convert(
-        run,
-        polymorphic_shapes=shapes,
-        polymorphic_constraints=[f"{letter} <= {size}" for letter, size in program.limits.items()],
-        with_gradient=False,
-        native_serialization_platforms=fm.export.PLATFORMS,
-    )
+    constraints = [f"{letter} <= {size}" for letter, size in program.limits.items()]
+    converted = convert(run, shapes, constraints=constraints, platforms=fm.export.PLATFORMS)
     dtypes = {name: tf.as_dtype(dtype) for name, (_, dtype) in program.inputs.items()}
     return lambda **given: converted(variables, {name: tf.cast(x, dtypes[name]) for name, x in given.items()})
 

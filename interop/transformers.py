@@ -98,9 +98,7 @@ def from_transformers(model: transformers.PreTrainedModel) -> tuple[fm.Params, A
         options = {name: value for name, value in model.generation_config.to_diff_dict().items() if value is not None}
         config = dataclasses.replace(config, generation=fm.GenerationConfig.from_hf(options))
     state = model.state_dict()
-    home = {leaves: name for name, leaves in fm.disk_names(config, module=True).items()}
-    every = fm.disk_names(config, tied=True, module=True)
-    repeats = {name: home[leaves] for name, leaves in every.items() if name not in home.values()}
-    if any(not torch.equal(state[name], state[own]) for name, own in repeats.items() if {name, own} <= state.keys()):
+    tied = fm.tied_names(config, module=True).items()
+    if any(not torch.equal(state[name], state[own]) for name, own in tied if {name, own} <= state.keys()):
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return from_torch(state, config), config

@@ -248,11 +248,18 @@ CASES = (
     Case("gemma/token-classification", "GemmaForTokenClassification", LLAMA | THREE),
     Case("gemma2/base", "Gemma2Model", GEMMA2),
     Case("gemma2/causal-lm", "Gemma2ForCausalLM", GEMMA2 | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
-    Case("gemma2/causal-lm/no-caps", "Gemma2ForCausalLM", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    Case(
+        "gemma2/causal-lm/no-caps", "Gemma2ForCausalLM",
+        GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_activation": "gelu"},
+    ),
     Case("gemma2/sequence-classification", "Gemma2ForSequenceClassification", GEMMA2 | THREE),
     Case("gemma2/token-classification", "Gemma2ForTokenClassification", GEMMA2 | THREE),
     Case("gemma3_text/base", "Gemma3TextModel", GEMMA2 | {"rope_parameters": NESTED}),
-    Case("gemma3_text/causal-lm", "Gemma3ForCausalLM", GEMMA2 | {"layer_types": MIXED, "final_logit_softcapping": 2.0}),
+    Case("gemma3_text/base/bidirectional", "Gemma3TextModel", GEMMA2 | {"use_bidirectional_attention": True, "sliding_window": 5}),
+    Case(
+        "gemma3_text/causal-lm", "Gemma3ForCausalLM",
+        GEMMA2 | {"layer_types": MIXED, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5},
+    ),
     Case("gemma3_text/sequence-classification", "Gemma3TextForSequenceClassification", GEMMA2 | THREE),
     Case("phi3/base", "Phi3Model", SMALL),
     Case("phi3/causal-lm", "Phi3ForCausalLM", SMALL | {"sliding_window": 4}),
@@ -263,7 +270,13 @@ CASES = (
     Case("phi3/sequence-classification", "Phi3ForSequenceClassification", SMALL | THREE),
     Case("phi3/token-classification", "Phi3ForTokenClassification", SMALL | THREE),
     Case("phi/base", "PhiModel", SMALL | {"hidden_size": 32}),
-    Case("phi/causal-lm", "PhiForCausalLM", SMALL | {"hidden_size": 32, "qk_layernorm": True, "num_key_value_heads": 4}),
+    Case(
+        "phi/causal-lm", "PhiForCausalLM",
+        SMALL | {
+            "hidden_size": 32, "qk_layernorm": True, "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0, "partial_rotary_factor": 1.0},
+        },
+    ),
     Case("phi/sequence-classification", "PhiForSequenceClassification", SMALL | {"hidden_size": 32} | THREE),
     Case("phi/token-classification", "PhiForTokenClassification", SMALL | {"hidden_size": 32} | THREE),
     Case("olmo2/base", "Olmo2Model", LLAMA),
@@ -284,6 +297,10 @@ CASES = (
     Case("starcoder2/token-classification", "Starcoder2ForTokenClassification", SMALL | {"sliding_window": 5} | THREE),
     Case("stablelm/base", "StableLmModel", SMALL | {"hidden_size": 32, "use_qkv_bias": True}),
     Case("stablelm/causal-lm", "StableLmForCausalLM", SMALL | {"hidden_size": 32, "use_parallel_residual": True}),
+    Case(
+        "stablelm/causal-lm/head-norms", "StableLmForCausalLM",
+        SMALL | {"hidden_size": 32, "qk_layernorm": True, "num_key_value_heads": 2},
+    ),
     Case("stablelm/sequence-classification", "StableLmForSequenceClassification", SMALL | {"hidden_size": 32} | THREE),
     Case("stablelm/token-classification", "StableLmForTokenClassification", SMALL | {"hidden_size": 32} | THREE),
     Case("bert/base", "BertModel", BERT, token_types=3),
@@ -365,7 +382,7 @@ CASES = (
     Case("gptj/causal-lm", "GPTJForCausalLM", GPTJ | {"n_inner": None}),
     Case("gptj/sequence-classification", "GPTJForSequenceClassification", GPTJ | THREE),
     Case("gptj/question-answering", "GPTJForQuestionAnswering", GPTJ),
-    Case("gpt_neox/base", "GPTNeoXModel", NEOX | {"hidden_size": 32, "use_parallel_residual": False}),
+    Case("gpt_neox/base", "GPTNeoXModel", NEOX | {"hidden_size": 48, "use_parallel_residual": False}),
     Case("gpt_neox/causal-lm", "GPTNeoXForCausalLM", NEOX | {"hidden_size": 32}),
     Case(
         "gpt_neox/causal-lm/tied", "GPTNeoXForCausalLM",
@@ -522,6 +539,8 @@ CASES = (
 CAUSAL = [c.name for c in CASES if c.task == "causal-lm" and not c.name.endswith("/long")]
 SEQ2SEQ = [c.name for c in CASES if c.task == "seq2seq-lm"]
 PAIRS = ["t5/seq2seq-lm", "bart/seq2seq-lm"]
+LANGUAGE = {c.family: c.name for c in reversed(CASES) if c.task in ("causal-lm", "masked-lm", "seq2seq-lm")}
+"""The first row of each family with a model of language."""
 
 
 def by_name(name: str) -> Case:

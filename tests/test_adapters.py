@@ -35,6 +35,7 @@ ADAPTERS = {
     "fused-dora": ("gpt2/causal-lm", {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "rows": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 17, 60]}),
     "biases": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "bias": "all"}),
+    "norms": ("llama/causal-lm", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     "whole-table": ("gpt2/causal-lm/untied", {"target_modules": ["c_fc"], "modules_to_save": ["wte", "lm_head"]}),
     "interleaved": ("gpt_neox/causal-lm", {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"}),
     "head": ("bert/sequence-classification", {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"],
@@ -334,6 +335,13 @@ def test_configs_that_are_refused(key, tmp_path):
     data = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]} | {key: REFUSED[key]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=re.escape(key.strip() if key != "alpha_pattern" else "'('")):
+        fm.load_adapter(tmp_path)
+
+
+def test_other_kinds_are_refused_in_one_line(tmp_path):
+    data = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "token_dim": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"^load_adapter: peft_type='PREFIX_TUNING' is not supported.*load it$"):
         fm.load_adapter(tmp_path)
 
 

@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import fmodels as fm
 from fmodels.models import FAMILIES
 from tests import families
+from tests.families import LONG
 
 
 def test_other_summaries_are_refused():
@@ -41,6 +42,29 @@ def test_old_and_other_keys():
         (transformers.BloomConfig, "bloom", {"n_embed": 48, "num_attention_heads": 6}, ("hidden_size", "num_heads")),
         (transformers.OPTConfig, "opt", {"hidden_size": 24, "enable_bias": False}, ("embedding_size", "mlp_bias")),
         (transformers.XGLMConfig, "xglm", {"hidden_size": 32, "num_hidden_layers": 3}, ("head_dim", "num_layers")),
+        (
+            transformers.GPT2Config,
+            "gpt2",
+            {"hidden_size": 48, "max_position_embeddings": 64},
+            ("hidden_size", "max_positions"),
+        ),
+        (
+            transformers.GPTJConfig,
+            "gptj",
+            {"num_attention_heads": 4, "num_hidden_layers": 2},
+            ("num_heads", "num_layers"),
+        ),
+        (
+            transformers.DistilBertConfig,
+            "distilbert",
+            {"hidden_size": 24, "num_hidden_layers": 2},
+            ("hidden_size", "num_layers"),
+        ),
+        (transformers.T5Config, "t5", {"hidden_size": 24, "head_dim": 6}, ("hidden_size", "head_dim")),
+        (transformers.BartConfig, "bart", {"hidden_size": 64, "num_attention_heads": 4}, ("hidden_size", "num_heads")),
+        (transformers.MixtralConfig, "mixtral", {"num_experts": 4}, ("num_experts",)),
+        (transformers.GptOssConfig, "gpt_oss", {"num_experts": 16}, ("num_experts",)),
+        (transformers.DeepseekV3Config, "deepseek_v3", {"num_local_experts": 64}, ("num_experts",)),
         (transformers.FalconConfig, "falcon", {"n_embed": 142, "num_attention_heads": 71}, ("hidden_size", "head_dim")),
         (transformers.GptOssConfig, "gpt_oss", {"rope_theta": 500.0}, ("rope",)),
         (transformers.GPTNeoConfig, "gpt_neo", {"attention_layers": ["local"] * 24}, ("attention_layers", "kinds")),
@@ -49,6 +73,50 @@ def test_old_and_other_keys():
         assert fields_of(config, keys) == fields_of(config, kind(**keys).to_dict())
         ours = config.from_hf(keys, task="base")
         assert all(getattr(ours, name) != getattr(config(), name) for name in fields)
+
+
+def test_keys_of_published_models():
+    """Keys that are in files of the Hub and that transformers' classes do not read."""
+    general = {
+        "transformers.js_config": {"dtype": "q4"}, "sentence_transformers": {"version": "5.0"}, "xla_device": None,
+        "custom_pipelines": {}, "eos_token_ids": 0, "name": "Roberta", "adapters": {"adapters": {}},
+        "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+    }  # fmt: skip
+    for family, keys in (
+        ("bert", general),
+        ("llama", {"is_llama_config": True, "max_sequence_length": 2048}),
+        ("qwen2", {"use_mrope": False}),
+        ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+        ("gemma2", {"sliding_window_size": 4096}),
+        ("smollm3", {"max_window_layers": 28}),
+        ("starcoder2", {
+            "activation_function": "gelu", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+            "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True,
+        }),
+        ("gpt2", {"n_special": 0, "predict_special_tokens": True}),
+        ("opt", {"learned_embeddings": True, "scale_embeddings": False}),
+        ("gpt_neox", {"num_steps": "global_step320000"}),
+        ("bart", {"replacing_rate": 0, "student_encoder_layers": None, "student_decoder_layers": None}),
+    ):  # fmt: skip
+        config = FAMILIES[family].config
+        assert fields_of(config, keys) == fields_of(config, {})
+
+
+def test_old_names_of_classes():
+    for family, name, task in (
+        ("bert", "BertForCausalLM", "causal-lm"), ("t5", "T5WithLMHeadModel", "seq2seq-lm"), ("llama", "LLaMAForCausalLM", "causal-lm"),
+    ):  # fmt: skip
+        assert FAMILIES[family].config.from_hf({"architectures": [name]}).task == task
+
+
+def test_original_positions_of_phi3():
+    """The key beside `rope_parameters` goes before that in it, also where it has only its default."""
+    rope = LONG | {"original_max_position_embeddings": 8, "partial_rotary_factor": 0.0625}
+    for keys in ({}, {"original_max_position_embeddings": 16}):
+        keys |= {"rope_parameters": rope}
+        theirs = transformers.Phi3Config(**keys).to_dict()
+        ours = FAMILIES["phi3"].config.from_hf(keys, task="base")
+        assert ours.rope.original_max_positions == theirs["rope_parameters"]["original_max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

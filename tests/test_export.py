@@ -113,6 +113,20 @@ def test_each_platform_gets_its_own_form():
     assert "stablehlo.case" in both
 
 
+def test_leaves_that_no_checkpoint_has_are_refused(case, tmp_path):
+    loaded = case("gpt2/causal-lm")
+    head = fm.tree.update(loaded.params, {"embed.tokens": fm.arrays.Scaled.quantize(loaded.params["embed"]["tokens"])})
+    adapted = fm.init_adapter(
+        loaded.params, loaded.config, fm.AdapterConfig(target_modules=("c_fc",)), jax.random.key(0)
+    )
+    for write in (fm.export_forward, fm.save):
+        with pytest.raises(ValueError, match=r"'embed.tokens' is a Scaled; use fm\.dequantize"):
+            write(head, loaded.config, tmp_path)
+        with pytest.raises(ValueError, match="leaves have adapters"):
+            write(fm.add_adapter(loaded.params, loaded.config, adapted), loaded.config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_is_refused(case, tmp_path):
     loaded = case("gpt2/causal-lm")
     params, config = loaded.params, loaded.config

@@ -56,6 +56,17 @@ def test_positions_and_boolean_mask(case, name):
     assert np.abs(got - want)[given["mask"]].max() < 1e-5
 
 
+def test_windows_with_a_gap_in_the_mask(case):
+    """They count columns, as in transformers; positions count real tokens."""
+    loaded = case("mistral/causal-lm")
+    given = loaded.inputs()
+    given["mask"][1, 2:4] = 0
+    given["positions"] = given["mask"].cumsum(-1).astype(np.int32) - 1
+    want = families.reference(loaded.model, given)["logits"]
+    got = np.asarray(fm.forward(loaded.params, loaded.config, given["tokens"], mask=given["mask"]).logits)
+    assert np.abs(got - want)[given["mask"].astype(bool)].max() < 1e-5
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *families.PAIRS])
 def test_select(case, name):
     loaded = case(name)

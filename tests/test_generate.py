@@ -322,3 +322,16 @@ def test_pruned_trees_generate(llama):
     pruned = fm.generate(*fm.prune_heads(params, config, heads), tokens, mask=mask, max_new_tokens=8)
     masked = fm.generate(fm.mask_heads(params, config, heads), config, tokens, mask=mask, max_new_tokens=8)
     np.testing.assert_array_equal(pruned.tokens, masked.tokens)
+
+
+def test_texts_that_outgrow_their_rotary_factors(case):
+    """There transformers computes Phi-3's cache again; here two calls do the same, and one says so."""
+    loaded = case("phi3/causal-lm/long")
+    prompt = np.array([[7, 9]])
+    want = loaded.model.generate(torch.tensor(prompt), max_new_tokens=9, do_sample=False, pad_token_id=3).numpy()
+    with pytest.raises(NotImplementedError, match=r"beyond 4 tokens phi3 .* Pass max_new_tokens=3"):
+        fm.generate(loaded.params, loaded.config, prompt, max_new_tokens=9)
+    text = prompt
+    for count in (3, 6):
+        text = np.asarray(fm.generate(loaded.params, loaded.config, text, max_new_tokens=count).tokens)
+    assert text.tolist() == want.tolist()

@@ -163,8 +163,23 @@ def test_refusals(site, tmp_path):
     assert "revision 'v9'" in refusal(hub.resolve, "me/private", token="right", revision="v9")[0]
     assert "weights.pth" in refusal(hub.resolve, "me/empty")[0]
     assert "not complete" in refusal(hub.resolve, "me/private", local_files_only=True)[0]
-    refusal(hub.resolve, "me/private", token=SECRET + "\n")  # an illegal header, which the HTTP library quotes
+    for token in (SECRET + "\n", ""):  # illegal headers, which the HTTP library quotes
+        assert "check token=" in refusal(hub.resolve, "me/private", token=token)[0]
     assert hub.resolve("me/private", token="right").is_dir()
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../b", "a..b", "/a", "-x", "a b", "a:b"])
+def test_revisions_that_cannot_be(site, tmp_path, name):
+    site.repos["me/model"] = Repo(weights(tmp_path))
+    asked = len(site.requests)
+    for call in (hub.resolve, hub.resolve_adapter):
+        with pytest.raises(ValueError, match="can be no branch"):
+            call("me/model", revision=name)
+    with pytest.raises(ValueError, match="can be no branch"):
+        hub.push(tmp_path, "me/model", revision=name)
+    with pytest.raises(ValueError, match="no folder of a repository"):
+        hub.resolve("me/model", subfolder="../x")
+    assert len(site.requests) == asked
 
 
 def test_unreachable(site, monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from tests import families
 GPU = jax.default_backend() == "gpu"
 ROWS = [
     "llama/causal-lm", "gpt2/causal-lm/untied", "bert/masked-lm", "mistral/causal-lm", "t5/seq2seq-lm", "bart/seq2seq-lm",
-    "bloom/causal-lm", "modernbert/masked-lm", "deberta-v2/masked-lm",
+    "bloom/causal-lm", "modernbert/masked-lm", "deberta-v2/masked-lm", "big_bird/token-classification",
 ]  # fmt: skip
 
 
@@ -79,6 +79,24 @@ def test_splash_has_the_numbers_of_transformers(anywhere, window):
     assert np.abs(got - want)[mask].max() < 1e-5
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(got[1], np.asarray(fm.forward(params, config, tokens).logits)[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_splash_compiles_for_a_tpu(monkeypatch, grad):
+    """As far as a machine without one goes: to the kernel's own program, in a module for TPUs."""
+    monkeypatch.setitem(kernels.PLATFORMS, "splash", None)
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    config = fm.models.gemma2.Config(**sizes, vocab_size=64, head_dim=128, sliding_window=100, task="causal-lm")
+    params = jax.eval_shape(lambda: fm.cast(fm.init(config, jax.random.key(0)), "bfloat16"))
+
+    def loss(params: fm.Params, tokens: jax.Array) -> jax.Array:
+        return fm.forward(params, config, tokens, attention="splash").logits.mean()
+
+    program = jax.jit(jax.grad(loss) if grad else loss)
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    exported = jax.export.export(program, platforms=["tpu"])(params, tokens)
+    assert exported.platforms == ("tpu",)
+    assert exported.mlir_module().count("tpu_custom_call") >= 1 + 2 * grad  # forwards; of keys and values, of queries
 
 
 @pytest.mark.skipif(not GPU, reason="cuDNN's attention needs a GPU")

@@ -98,18 +98,38 @@ def lines_of_code(source: str) -> int:
     )
 
 
+HEADS = {"mpnet": "masks only", "olmo2": "masks only"}
+"""Families whose heads cannot go, see `tests/transforms/test_every_family.py`."""
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def verified(name: str) -> list[str]:
+    """What a family is compared with: transformers 5, and 4.57.6's classes that have goldens or have read our files."""
+    classes = set(FAMILIES[name].config.ARCHITECTURES.values())
+    flax = {one["config"]["model_type"] for one in json.loads((GOLDENS / "flax" / "trees.json").read_text())}
+    tensorflow = json.loads((GOLDENS / "tensorflow" / "read_back.json").read_text())
+    names = ["transformers"] + ["Flax"] * (name in flax)
+    return names + ["TensorFlow"] * bool(classes & tensorflow.keys())
+
+
 def table() -> str:
     """What each family can do."""
     rows = [
-        "| model_type | kind | tasks | generate | prune heads | file | lines (of code) |", "|---|---|---|---|---|---|---:|",
-    ]  # fmt: skip
+        "| model_type | kind | tasks | resize | generate | prune heads | quantised | formats | verified against | file | "
+        "lines (of code) |",
+        f"|{'---|' * 10}---:|",
+    ]
     for name, family in sorted(FAMILIES.items()):
-        tasks = family.config.ARCHITECTURES
+        tasks, weights = family.config.ARCHITECTURES, family.weights
         file = Path(inspect.getfile(family.config))
+        own = ["gguf"] * (family.config.gguf is not None)
+        own += ["tf-checkpoint"] * bool(weights.tensorflow and weights.tensorflow.original)
+        heads = HEADS.get(name, "" if kind(name) == "encoder-decoder" else "yes")
+        generates = "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else ""
+        lines = f"{len(file.read_text().splitlines())} ({lines_of_code(file.read_text())})"
         cells = (
-            name, kind(name), ", ".join(tasks), "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else "",
-            "" if kind(name) == "encoder-decoder" else "yes", f"[{file.name}](fmodels/models/{file.name})",
-            f"{len(file.read_text().splitlines())} ({lines_of_code(file.read_text())})",
+            name, kind(name), ", ".join(tasks), "yes", generates, heads, "" if name == "gpt2" else "yes",
+            ", ".join(["all", *own]), ", ".join(verified(name)), f"[{file.name}](fmodels/models/{file.name})", lines,
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

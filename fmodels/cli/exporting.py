@@ -31,9 +31,12 @@ def run_export(args: argparse.Namespace) -> int:
     source = resolve(args)
     with new_folder(source, args.dest) as stage:
         params, config = load(source, task=args.task, dtype=args.dtype, layers=args.layers)
-        if dialects_of(params) and not args.dequantize:
-            raise ValueError("quantised weights are not exported; add --dequantize for the arrays that they stand for")
-        params = dequantize(params)
+        if args.dequantize:
+            params = dequantize(params)
+        elif saved_model is not None and dialects_of(params):
+            raise ValueError(
+                "a SavedModel has no quantised weights; add --dequantize for the arrays that they stand for"
+            )
         programs = {"forward": export.forward_program(params, config, inputs)}
         choice: dict[str, Any] = {}
         if args.generate:

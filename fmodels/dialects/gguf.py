@@ -7,7 +7,7 @@ first; blocks of quantised matrices lie along input axes and stay whole in both.
 * in `llama` and what derives from it, the rows of queries and keys are ordered for rotary pairs that lie side by side;
 * the scales of Gemma's norms have 1 added, in float32, and are rounded to multiples of 2⁻²⁴ or so by that: those of bfloat16
   are the same again if they are 0 or larger than 2⁻¹⁵, others are not bit for bit;
-* all experts of a layer are one tensor;
+* all experts of a layer are one tensor, and so are the norms of all heads;
 * factors of rotary frequencies are tensors, which `fmodels.dialects.gguf_config` reads; they are made from the config.
 
 Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
@@ -73,13 +73,13 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         size = place.sizes(config)
         for source, n in zip(held, names, strict=True):
             want = rules.disk_shape(source.rule, size)
-            want = want if place.expert is None else (size["x"], *want)
+            want = want if place.number is None else (size[place.rule.numbered], *want)
             if (one := _with_axes(tensors[n], want)) is not None:
                 fitting[n] = one
-            elif place.expert in (None, 0):
+            elif place.number in (None, 0):
                 problems.append(f"{n!r} has shape {list(tensors[n].shape)}, expected {list(want)}")
         if not problems:
-            parts = {n: fitting[n] if place.expert is None else ggml.part(fitting[n], place.expert) for n in names}
+            parts = {n: fitting[n] if place.number is None else ggml.part(fitting[n], place.number) for n in names}
             found[name] = _to_torch(name, place, held, parts, config)
     if problems:
         raise ValueError(
@@ -119,7 +119,7 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         elif not any(s in repeats for s in spellings) and not weights.is_ignored(name):
             others[name] = tensor
     gathered: dict[str, list[Tensor]] = {}
-    of_experts: set[str] = set()
+    of_all: set[str] = set()
     for name, place in places.items():
         if name not in given:
             continue
@@ -129,8 +129,8 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         for source in held:
             own = name_at(source, place)
             gathered.setdefault(own, []).append(_from_torch(own, place, source, given[name], config))
-            of_experts |= set() if place.expert is None else {own}
-    found = {n: _stacked(n, parts) if n in of_experts else parts[0] for n, parts in gathered.items()}
+            of_all |= set() if place.number is None else {own}
+    found = {n: _stacked(n, parts) if n in of_all else parts[0] for n, parts in gathered.items()}
     return {**found, **factor_tensors(config), **others}
 
 
@@ -168,7 +168,7 @@ def _to_torch(name: str, place: Place, held: list[Source], parts: Mapping[str, T
 
 
 def _from_torch(name: str, place: Place, source: Source, tensor: Tensor, config: Config) -> Tensor:
-    """The tensor of GGUF, or its part of one expert, from that of PyTorch's in which its leaves lie."""
+    """The tensor of GGUF, or its part of one expert or head, from that of PyTorch's in which its leaves lie."""
     if isinstance(tensor, Moved) and name in tensor.origin and tensor.kind is type(config):
         return tensor.origin[name]
     size, rule = place.sizes(config), place.rule
@@ -225,7 +225,7 @@ def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: 
 
 
 def _stacked(name: str, parts: list[Tensor]) -> Tensor:
-    """The tensor of all experts."""
+    """The tensor of all experts, or heads."""
     first = parts[0]
     if all(isinstance(part, Blocks) and part.type == getattr(first, "type", "") for part in parts):
         packed = [part.packed for part in parts if isinstance(part, Blocks) and part.packed is not None]

@@ -54,7 +54,7 @@ class Source(NamedTuple):
     """A tensor of GGUF that holds leaves of a tensor of PyTorch's.
 
     Attributes:
-        rule: how the leaves lie in it, or in its part of one expert; its name is that in the file.
+        rule: how the leaves lie in it, or in its part of one expert or head; its name is that in the file.
         turned: whether its rows are ordered for rotary pairs side by side.
         shifted: whether 1 is added.
     """
@@ -96,7 +96,7 @@ def _of_kind(rule: Rule, kind: type[Config]) -> list[Source]:
     own = of_family(kind)
     stems = tuple(leaf if leaf in schema.TABLES else leaf.rpartition(".")[0] for leaf in rule.leaves)
     suffix = ".bias" if rule.leaves[0].endswith("bias") else ".weight"
-    experts = ".{x}" if "{x}" in rule.name else ""  # which is not written: the rule then describes one expert's part
+    each = f".{{{rule.numbered}}}" if rule.numbered else ""  # which is not written: the rule then describes a part
     if stems in TOGETHER:
         own_layouts = zip(stems, rule.leaves, strict=True)
         layouts = tuple(_layout(stem, suffix) or " ".join(rule.letters(leaf)) for stem, leaf in own_layouts)
@@ -109,7 +109,7 @@ def _of_kind(rule: Rule, kind: type[Config]) -> list[Source]:
         layout = rule.layout if leaf.endswith("norms.scale") else _layout(stem, suffix)
         turned = own.permuted and stem in JOINED[:2]
         shifted = leaf.endswith(".scale") and getattr(kind, "norm", None) == "rms-plus-one"
-        found.append(Source(Rule(f"{named}{suffix}{experts}", leaf, layout), turned, shifted))
+        found.append(Source(Rule(f"{named}{suffix}{each}", leaf, layout), turned, shifted))
     return found
 
 
@@ -120,4 +120,4 @@ def _layout(stem: str, suffix: str) -> str | None:
 
 def name_at(source: Source, place: Place) -> str:
     """The name of the tensor in the file."""
-    return source.rule.name.removesuffix(".{x}").replace("{l}", str(place.layer))
+    return source.rule.name.removesuffix(f".{{{source.rule.numbered}}}").replace("{l}", str(place.layer))

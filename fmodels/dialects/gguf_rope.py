@@ -50,7 +50,12 @@ def rope_values(config: Config) -> dict[str, Any]:
     if not getattr(config, "rotary", False):
         return {}
     rope: Rope = getattr(config, "rope")  # noqa: B009
-    found = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rotated(config.head_dim, rope)}
+    size = rotated(config.head_dim, rope)
+    if size % 2:
+        raise ValueError(
+            f"gguf: llama.cpp turns pairs of numbers; of head_dim={config.head_dim} {size} would be turned"
+        )
+    found = {"rope.freq_base": float(rope.theta), "rope.dimension_count": size}
     if _is_one_row(config):
         original = rope.original_max_positions if rope.type == "llama3" else None
         return {**found, "rope.scaling.original_context_length": original}

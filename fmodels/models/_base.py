@@ -29,7 +29,9 @@ IRRELEVANT = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
-    output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag""".split()
+    output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag
+    adapters custom_pipelines eos_token_ids name sbert_ce_default_activation_function sentence_transformers
+    transformers.js_config xla_device""".split()
 )
 """Keys of a config.json that change no number that `forward` computes; they are kept and written back."""
 
@@ -122,10 +124,14 @@ class Config:
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
     """Task -> class name in transformers."""
+    OTHERS: ClassVar[Mapping[str, str]] = {}
+    """Names of classes of old versions and of other libraries -> task."""
     gguf: ClassVar[Gguf | None] = None
     """How llama.cpp has the family, where it has it; of the class itself, not of those that derive from it."""
     norm: ClassVar[str] = "layer"
     """Of the layers: `"layer"`, or `"rms"` and what derives from it, of which only the scale is learned."""
+    joint_norms: ClassVar[bool] = False
+    """Whether queries, and keys, are normed over all heads together."""
     counts_columns: ClassVar[bool] = False
     """Whether positions are columns, whatever the mask."""
 
@@ -181,6 +187,11 @@ class Config:
     def position_offset(self) -> int:
         """Rows of the table of positions before that of the first position."""
         return 0
+
+    @property
+    def longest_short(self) -> int | None:
+        """The longest text whose cache a longer one cannot go on from; None where all can."""
+        return None
 
     @property
     def repeats_head(self) -> bool:
@@ -286,12 +297,12 @@ class Config:
             raise ValueError(
                 f"load: config.json of this {cls.model_type} model has no 'architectures'; pass task=, one of {', '.join(known.values())}"
             )
-        if architectures[0] not in known:
+        if architectures[0] not in {**known, **cls.OTHERS}:
             raise ValueError(
                 f"load: architecture {architectures[0]!r} is not supported for {cls.model_type}; supported are "
                 f"{', '.join(known)}. Pass task=, one of {', '.join(known.values())}, to load it as another."
             )
-        return known[architectures[0]]
+        return {**known, **cls.OTHERS}[architectures[0]]
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` reads back to an equal config, in the form of transformers 5."""
@@ -369,6 +380,14 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
             normal = config.initializer_range * jax.random.normal(subkey, leaf.shape, jnp.float32)
             draws[path] = normal.astype(leaf.dtype)
     return tree.unflatten(draws)
+
+
+def check_cache(config: Any, cache: Cache | None) -> None:
+    """Raises a ValueError if there is a cache, and tokens see those behind them."""
+    if cache is not None and not config.causal:
+        raise ValueError(
+            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
+        )
 
 
 def decoder_head(

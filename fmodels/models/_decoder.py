@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fmodels import schema
 from fmodels.arrays import take
-from fmodels.models._base import Family, decoder_head, init_normal
+from fmodels.models._base import Family, check_cache, decoder_head, init_normal
 from fmodels.models._decoder_config import Config as Config
 from fmodels.models._decoder_config import Kind as Kind
 from fmodels.nn import layers
@@ -187,7 +187,8 @@ CLASSES = {
     "question-answering": "ForQuestionAnswering",
 }
 """Task -> how transformers' classes end."""
-ALL = ("sequence-classification", "token-classification", "question-answering")
+CLASSIFIERS = ("sequence-classification", "token-classification")
+ALL = (*CLASSIFIERS, "question-answering")
 """The tasks that most families have beside the first two."""
 
 
@@ -212,6 +213,7 @@ def forward(
     """The model on `(b t)` tokens; see `fmodels.forward`."""
     if token_types is not None:
         raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
+    check_cache(config, cache)
     present, positions = of_call(tokens, mask, positions, cache)
     at_layer = _kinds(config, present, positions, cache)
     slopes = None if config.slopes is None else _slopes(config, config.slopes)
@@ -308,7 +310,10 @@ def _kinds(config: Config, present: Array, positions: Array, cache: Cache | None
     different = list(dict.fromkeys(kinds))
 
     def make(kind: Kind) -> Any:
-        seen = attend(present, cache, causal=True, window=kind.window, slots=slots[kinds.index(kind)])
+        if config.causal:
+            seen = attend(present, cache, causal=True, window=kind.window, slots=slots[kinds.index(kind)])
+        else:
+            seen = attend(present, causal=False, reach=None if kind.window is None else kind.window // 2)
         if len(different) > 1 and seen.old is not None:
             seen = seen._replace(old=jnp.broadcast_to(seen.old, (*seen.new.shape[:2], seen.old.shape[-1])))
         if not config.rotary:

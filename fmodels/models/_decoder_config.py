@@ -78,6 +78,8 @@ class Config(BaseConfig):
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset({"pretraining_tp", "attention_dropout"})
     norm: ClassVar[str] = "rms"
     """Which of `_decoder.NORMS`."""
+    causal: ClassVar[bool] = True
+    """Whether a token sees only those before it; else windows reach half as far, in both directions."""
     parallel: ClassVar[bool] = False
     """Whether both blocks read the same input; then one norm may serve both."""
     rotary: ClassVar[bool] = True
@@ -86,8 +88,8 @@ class Config(BaseConfig):
     """Whether rotary pairs lie side by side."""
     partial: ClassVar[bool] = False
     """Whether a part of each head may be rotated."""
-    joint_norms: ClassVar[bool] = False
-    """Whether queries, and keys, are normed over all heads together."""
+    rounds_up: ClassVar[bool] = False
+    """Whether that part may be odd; one number more is then rotated."""
     norm_first: ClassVar[bool] = True
     """Whether norms are before the blocks, and not behind the sums."""
     norm_residual: ClassVar[bool] = False
@@ -99,7 +101,10 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rotary and self.rotary_size(self.rope) % 2:
+        rounds = (
+            self.rounds_up and self.rope.partial_rotary_factor < 1.0 and self.rope.type not in ("yarn", "proportional")
+        )
+        if self.rotary and not rounds and self.rotary_size(self.rope) % 2:
             raise ValueError(
                 f"{self.model_type}.Config: rotary embeddings turn pairs of numbers; of head_dim={self.head_dim} "
                 f"{self.rotary_size(self.rope)} would be turned, which is odd"
@@ -119,7 +124,7 @@ class Config(BaseConfig):
         return self.rope.theta
 
     def rotary_size(self, rope: Rope) -> int:
-        """How many numbers of each head are rotated."""
+        """How many numbers of each head are rotated, but for `rounds_up`."""
         return rotated(self.head_dim, rope)
 
     @property
@@ -193,11 +198,23 @@ class Config(BaseConfig):
         return None
 
     @property
+    def own_types(self) -> tuple[str, ...]:
+        """The `layer_types` where config.json does not say them: all have the window, if there is one."""
+        return ("sliding_attention",) * self.num_layers
+
+    def full_every(self, period: int) -> tuple[str, ...]:
+        """The `own_types` of families of whose layers every `period`-th sees everything."""
+        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
+        return (types * self.num_layers)[: self.num_layers]
+
+    def kind(self, full: bool) -> Kind:
+        """Of the layers that see everything, or of the others."""
+        return Kind(None if full else self.sliding_window, self.rope if self.rotary else None)
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of each layer; where config.json does not say which layers have a window, all have it."""
-        types = self.layer_types or ("sliding_attention",) * self.num_layers
-        rope = self.rope if self.rotary else None
-        return tuple(Kind(self.sliding_window if t == "sliding_attention" else None, rope) for t in types)
+        """Of each layer."""
+        return tuple(self.kind(one == "full_attention") for one in self.layer_types or self.own_types)
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:
@@ -227,4 +244,4 @@ class Config(BaseConfig):
         return {*OWN_KEYS}
 
     def write_special(self) -> dict[str, Any]:
-        return write_rope(self.rope) if self.rotary else {}
+        return write_rope(self.rope, partial=self.partial) if self.rotary else {}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fmodels import schema
 from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
-from fmodels.models._base import Family, at, init_normal
+from fmodels.models._base import Family, at, check_cache, init_normal
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, with_distances
 from fmodels.nn.embeddings import embed, lm_logits
@@ -378,10 +378,7 @@ def begin(
     cache: Cache | None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Which tokens of a call are real, and their positions; raises where the model does not take what it is given."""
-    if cache is not None and not config.causal:
-        raise ValueError(
-            f"forward: a cache needs a causal model; this {config.model_type} is an encoder (config.causal is False)"
-        )
+    check_cache(config, cache)
     if token_types is not None and "types" not in params["embed"]:
         raise ValueError(f"forward: {config.model_type} has no token types; leave token_types out")
     return of_call(tokens, mask, _places(config, tokens, cache) if positions is None else positions, cache)

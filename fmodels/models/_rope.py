@@ -79,7 +79,7 @@ def read_rope(
     share = found["partial_rotary_factor"]
     if share != 1.0 and kind != "proportional" and not partial:
         problems.append(f"partial_rotary_factor={share!r} with rope_type={kind!r} is not supported")
-    size = rotated(head_dim, Rope(type=kind, partial_rotary_factor=share)) // 2
+    size = (rotated(head_dim, Rope(type=kind, partial_rotary_factor=share)) + 1) // 2
     for key in ("short_factor", "long_factor"):
         if key in found and len(found[key]) != size:
             problems.append(
@@ -90,25 +90,56 @@ def read_rope(
     return Rope(**{**values, "type": kind})
 
 
+TYPES: tuple[str, str] = ("full_attention", "sliding_attention")
+"""The types of layers in families whose layers with a window have rotary settings of their own."""
+
+
+def read_ropes(
+    given: Mapping[str, Any], problems: list[str], defaults: tuple[Rope, Rope], *, head_dim: int, max_positions: int
+) -> tuple[Rope, Rope]:
+    """The rotary settings of both `TYPES`, from `rope_parameters` that have them by type; the rest as in `read_rope`."""
+    problems += [
+        f"rope_parameters has {name!r}, known are {' and '.join(TYPES)}" for name in given if name not in TYPES
+    ]
+    full, local = (
+        read_rope(
+            {"rope_parameters": given.get(name)},
+            problems,
+            head_dim=head_dim,
+            max_positions=max_positions,
+            default=default,
+        )
+        for name, default in zip(TYPES, defaults, strict=True)
+    )
+    return full, local
+
+
 def rotated(head_dim: int, rope: Rope) -> int:
     """How many numbers of each head are rotated; `proportional` rotates some of the pairs by nothing instead."""
     return head_dim if rope.type == "proportional" else int(head_dim * rope.partial_rotary_factor)
 
 
-def rope_parameters(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5."""
+def rope_parameters(rope: Rope, *, partial: bool = False) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5; with `partial`, those of a family whose default of that part is its own."""
     values = {key: getattr(rope, field) for key, field in ROPE_KEYS.items()}
+    always = {"rope_type", "rope_theta", *(("partial_rotary_factor",) if partial else ())}
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in values.items()
-        if key in ("rope_type", "rope_theta") or value != getattr(Rope(), ROPE_KEYS[key])
+        if key in always or value != getattr(Rope(), ROPE_KEYS[key])
     }
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
+def write_ropes(*ropes: Rope) -> dict[str, Any]:
+    """`rope_parameters` of both `TYPES`."""
+    return {"rope_parameters": {name: rope_parameters(rope) for name, rope in zip(TYPES, ropes, strict=True)}}
+
+
+def write_rope(rope: Rope, *, partial: bool = False) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, and beside it what transformers 4 reads."""
-    parameters = rope_parameters(rope)
+    parameters = rope_parameters(rope, partial=partial)
     scaling = (
         None if rope.type == "default" else {key: value for key, value in parameters.items() if key != "rope_theta"}
     )
-    return {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": scaling}
+    share = {"partial_rotary_factor": rope.partial_rotary_factor} if partial else {}
+    return {"rope_parameters": parameters, "rope_theta": rope.theta, "rope_scaling": scaling, **share}

@@ -77,9 +77,13 @@ class Config(_seq2seq.Config):
         "decoder_start_token_id": "decoder_start_token_id",
         "tie_word_embeddings": "tie_word_embeddings",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
+    }  # fmt: skip
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         """activation_dropout attention_dropout dropout classifier_dropout classif_dropout encoder_layerdrop
-        decoder_layerdrop num_hidden_layers force_bos_token_to_be_generated save_step""".split()
+        decoder_layerdrop num_hidden_layers force_bos_token_to_be_generated save_step
+        replacing_rate student_encoder_layers student_decoder_layers""".split()
     )
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "add_bias_logits": (False,),

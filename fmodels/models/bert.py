@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import CLASSES, LM, head
@@ -30,12 +30,7 @@ class Config(_encoder.Config):
         "question-answering": "BertForQuestionAnswering",
         "multiple-choice": "BertForMultipleChoice",
     }
-
-    @classmethod
-    def task_of(cls, architectures: Any) -> str:
-        return (
-            "causal-lm" if architectures == ["BertForCausalLM"] else super().task_of(architectures)
-        )  # Flax's name of it
+    OTHERS: ClassVar[Mapping[str, str]] = {"BertForCausalLM": "causal-lm"}  # of Flax
 
 
 PREDICTIONS = "cls.predictions"

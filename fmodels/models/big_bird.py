@@ -1,7 +1,6 @@
 """BigBird: BERT whose tokens, in long texts, see the blocks beside theirs, the first and the last.
 
-In evaluation transformers draws no random blocks: all of them are the first, which so counts several times. The scores are
-computed in full and masked: the numbers are those of the sparse form, not its cost.
+In evaluation transformers draws no random blocks: all of them are the first, which so counts several times.
 
 Source: Zaheer et al. 2020; matches transformers' `modeling_big_bird`, in evaluation.
 """
@@ -15,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 
 from fmodels.models import _encoder
 from fmodels.models._base import Family, init_normal
 from fmodels.models._encoder import LM, head
 from fmodels.nn import layers
-from fmodels.nn.attention import attend, attention
+from fmodels.nn.attention import Attend, attend, attention, block_sparse
 from fmodels.nn.embeddings import embed
 from fmodels.nn.linear import activation, linear
 from fmodels.nn.mlp import mlp
@@ -133,19 +131,13 @@ def forward(
     question = jnp.argmax(tokens == config.sep_token_id, axis=-1)[:, None] >= jnp.arange(tokens.shape[1])[None]
     if token_types is None and config.task == "question-answering":
         token_types = (~question).astype(jnp.int32)
-    seen = attend(present, cache, causal=config.causal)
     sparse = config.attention_type == "block_sparse" and tokens.shape[1] > config.longest_full
-    sees, times = _blocks(config, tokens.shape[1]) if sparse else (None, None)
-    if sees is not None:
-        seen = seen._replace(new=seen.new & jnp.asarray(sees)[None])
+    seen = Attend(present[:, None], None) if sparse else attend(present, cache, causal=config.causal)
+    blocks = functools.partial(block_sparse, size=config.block_size, repeats=config.num_random_blocks)
     norm = functools.partial(layer_norm, eps=config.norm_eps)
 
-    def often(query: Array, key: Array) -> Array:
-        counts = jnp.log(jnp.asarray(times, jnp.float32))[None, None]
-        return jnp.broadcast_to(counts, (1, query.shape[2], *counts.shape[2:]))
-
     def layer(p: Params, index: Any, x: Array, slot: Any) -> Any:
-        y, slot = attention(p["attention"], x, seen, slot=slot, bias=often if sparse else None)
+        y, slot = attention(p["attention"], x, seen, slot=slot, product=blocks if sparse else None)
         if sparse:  # of padding, only the bias
             y = jnp.where(present[..., None], y, p["attention"]["output"]["bias"].astype(y.dtype)[None, None])
         x = norm(p["attention_norm"], x + y)
@@ -154,8 +146,6 @@ def forward(
     scale = math.sqrt(config.hidden_size) if config.rescale_embeddings else None
     x = norm(params["embed"]["norm"], embed(params["embed"], tokens, places, token_types, scale=scale))
     ran = layers.run(layer, params["layers"], x, cache, present, keep=keep)
-    if times is not None:  # transformers gives the weight of one of them
-        ran = ran._replace(weights=tuple(w / jnp.asarray(times, w.dtype)[None, None, None] for w in ran.weights))
     out, own = Output(hidden=ran.x, cache=ran.cache), params.get("head")
     if own is None:
         return ran.onto(_encoder.head_output(params, config, out, select), ran.x)
@@ -166,16 +156,6 @@ def forward(
         return ran.onto(out._replace(logits=logits - 1e6 * barred[..., None].astype(jnp.float32)), ran.x)
     x = activation(config.activation)(linear(own["dense"], ran.x[:, 0], "bd,ed->be"))
     return ran.onto(out._replace(logits=linear(params["classifier"], x, "bd,cd->bc").astype(jnp.float32)), ran.x)
-
-
-def _blocks(config: Config, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which keys each query sees in a long text, `(t t)` bool, and how often each counts."""
-    block = np.arange(length) // config.block_size
-    last = block[-1]
-    edge = (block == 0) | (block == last)
-    sees = edge[:, None] | edge[None] | (np.abs(block[:, None] - block[None]) <= 1)
-    often = ~edge[:, None] & (block == 0)[None]
-    return sees, np.where(often, 1 + config.num_random_blocks, 1)
 
 
 FAMILY = Family(Config, forward, WEIGHTS, functools.partial(init_normal, WEIGHTS))

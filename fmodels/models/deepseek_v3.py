@@ -85,13 +85,14 @@ class Config(_mixture.Config):
         "num_groups_kept": "topk_group",
         "interleaved": "rope_interleave",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_local_experts": "n_routed_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | frozenset(
         "num_nextn_predict_layers num_mtp_layers aux_loss_alpha seq_aux ep_size".split()
     )
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
     }  # fmt: skip
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("DeepseekV3", *_decoder.ALL[:2])
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("DeepseekV3", *_decoder.CLASSIFIERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

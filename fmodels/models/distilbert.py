@@ -35,6 +35,9 @@ class Config(_encoder.Config):
         "pad_token_id": "pad_token_id",
         "tie_word_embeddings": "tie_word_embeddings",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
+    }  # fmt: skip
     # sinusoidal_pos_embds says how the table of positions began; it is on disk.
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         "attention_dropout dropout qa_dropout seq_classif_dropout sinusoidal_pos_embds tie_weights_ output_past".split()

@@ -41,12 +41,10 @@ class Config(_decoder.Config):
     # transformers 4 wrote the second beside hidden_act, and 5 does not read it.
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_activation"}
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"use_bidirectional_attention": (None, False)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Gemma", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Gemma", *_decoder.CLASSIFIERS)
 
     def __post_init__(self) -> None:
-        if self.activation == "gelu":  # old files say so and mean the other
+        if self.activation == "gelu" and self.HF["activation"] == "hidden_act":  # which says so and means the other
             object.__setattr__(self, "activation", "gelu_pytorch_tanh")
         super().__post_init__()
 

@@ -47,31 +47,20 @@ class Config(gemma.Config):
         "attention_cap": "attn_logit_softcapping",
         "logit_cap": "final_logit_softcapping",
     }
-    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_act", "cache_implementation"}
+    # sliding_window_size repeats sliding_window, and transformers does not read it.
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {
+        "hidden_act", "cache_implementation", "sliding_window_size",
+    }  # fmt: skip
     NULLS: ClassVar[tuple[str, ...]] = ("attention_cap", "logit_cap")
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Gemma2", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Gemma2", *_decoder.CLASSIFIERS)
 
     @property
     def attention_scale(self) -> float | None:
         return self.query_pre_attn_scalar**-0.5
 
     @property
-    def period(self) -> int:
-        """Every how many layers one sees everything."""
-        return 2
-
-    @property
-    def kinds(self) -> tuple[_decoder.Kind, ...]:
-        full = [(i + 1) % self.period == 0 for i in range(self.num_layers)]
-        if self.layer_types is not None:
-            full = [t == "full_attention" for t in self.layer_types]
-        return tuple(self.kind(f) for f in full)
-
-    def kind(self, full: bool) -> _decoder.Kind:
-        """Of layers that see everything, and of the others."""
-        return _decoder.Kind(None if full else self.sliding_window, self.rope)
+    def own_types(self) -> tuple[str, ...]:
+        return self.full_every(2)
 
 
 NAMES = {

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from fmodels.models import _decoder, gemma2
 from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
-from fmodels.models._rope import read_rope, rope_parameters
+from fmodels.models._rope import TYPES, read_ropes, write_ropes
 from fmodels.nn.positions import Rope
 
 
@@ -22,15 +22,17 @@ class Config(gemma2.Config):
     Attributes:
         local_rope: rotary settings of the layers with a window.
         sliding_window_pattern: every how many layers one sees everything.
+        bidirectional: whether tokens see those behind them, too, as in EmbeddingGemma.
     """
 
     vocab_size: int = 262208
     max_positions: int = 131072
     rope: Rope = Rope(theta=1e6)
     local_rope: Rope = Rope()
-    attention_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    attention_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]  # none, whatever the file says
     logit_cap: float | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
     sliding_window_pattern: int = 6
+    bidirectional: bool = False
 
     model_type: ClassVar[str] = "gemma3_text"
     gguf: ClassVar[Gguf | None] = Gguf(
@@ -39,8 +41,16 @@ class Config(gemma2.Config):
         | {"logit_cap": "final_logit_softcapping", "sliding_window_pattern": "attention.sliding_window_pattern"},
         fixed=TIED | {"query_pre_attn_scalar": scaled_by(62)},
     )
-    HF: ClassVar[Mapping[str, str]] = {**gemma2.Config.HF, "sliding_window_pattern": "sliding_window_pattern"}
-    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {"_sliding_window_pattern"}  # only written
+    HF: ClassVar[Mapping[str, str]] = {
+        **{field: key for field, key in gemma2.Config.HF.items() if field != "attention_cap"},
+        "sliding_window_pattern": "sliding_window_pattern",
+        "bidirectional": "use_bidirectional_attention",
+    }
+    # transformers writes the first and reads it nowhere; it hands the second to no layer.
+    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {
+        "_sliding_window_pattern",
+        "attn_logit_softcapping",
+    }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
         "base": "Gemma3TextModel",
         "causal-lm": "Gemma3ForCausalLM",
@@ -48,34 +58,32 @@ class Config(gemma2.Config):
     }
 
     @property
-    def period(self) -> int:
-        return self.sliding_window_pattern
+    def own_types(self) -> tuple[str, ...]:
+        return self.full_every(self.sliding_window_pattern)
+
+    @property
+    def causal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.bidirectional
 
     def kind(self, full: bool) -> _decoder.Kind:
         return _decoder.Kind(None, self.rope) if full else _decoder.Kind(self.sliding_window, self.local_rope)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
+        own = super().read_special({**data, "rope_parameters": None, "rope_scaling": None}, fields, problems)
         given = data.get("rope_parameters") or {}
-        if not {"full_attention", "sliding_attention"} & given.keys():  # as transformers 4 wrote it
-            given = {
-                "full_attention": given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})},
-                "sliding_attention": {"rope_theta": data.get("rope_local_base_freq")},
-            }
-        full = {**data, "rope_scaling": None, "rope_theta": None, "rope_parameters": given.get("full_attention")}
-        own = super().read_special(full, fields, problems)
-        fields["local_rope"] = read_rope(
-            {"rope_parameters": given.get("sliding_attention")},
-            problems,
-            head_dim=data.get("head_dim") or fields["head_dim"],
-            max_positions=data.get("max_position_embeddings", cls.max_positions),
-            default=cls.local_rope,
-        )
+        if not given.keys() & {*TYPES}:  # as transformers 4 wrote it
+            full = given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})}
+            given = dict(zip(TYPES, (full, {"rope_theta": data.get("rope_local_base_freq")}), strict=True))
+        sizes = {
+            "head_dim": data.get("head_dim") or fields["head_dim"],
+            "max_positions": data.get("max_position_embeddings", cls.max_positions),
+        }
+        fields["rope"], fields["local_rope"] = read_ropes(given, problems, (cls.rope, cls.local_rope), **sizes)
         return own | {"rope_local_base_freq"}
 
     def write_special(self) -> dict[str, Any]:
-        both = {"full_attention": self.rope, "sliding_attention": self.local_rope}
-        return {"rope_parameters": {name: rope_parameters(rope) for name, rope in both.items()}}
+        return write_ropes(self.rope, self.local_rope)
 
 
 WEIGHTS = _decoder.weights(_decoder.renamed(gemma2.NAMES | _decoder.HEAD_NORMS))

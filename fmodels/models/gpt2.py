@@ -73,8 +73,13 @@ class Config(BaseConfig):
         "pad_token_id": "pad_token_id",
         "tie_word_embeddings": "tie_word_embeddings",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "n_positions",
+    }  # fmt: skip
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
-        "n_ctx attn_pdrop embd_pdrop resid_pdrop summary_first_dropout reorder_and_upcast_attn".split()
+        """n_ctx n_special predict_special_tokens attn_pdrop embd_pdrop resid_pdrop summary_first_dropout
+        reorder_and_upcast_attn""".split()
     )
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "summary_use_proj": (True,),

@@ -45,6 +45,7 @@ class Config(_decoder.Config):
     gguf: ClassVar[Gguf | None] = Gguf("gptneox", fields={"parallel": "use_parallel_residual"})
     norm: ClassVar[str] = "layer"
     partial: ClassVar[bool] = True
+    rounds_up: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **{field: key for field, key in _decoder.Config.HF.items() if field not in ("num_kv_heads", "head_dim")},
         "norm_eps": "layer_norm_eps",
@@ -53,7 +54,7 @@ class Config(_decoder.Config):
     }
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         """is_decoder attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
-        hidden_dropout_prob""".split()
+        hidden_dropout_prob num_steps""".split()
     )
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("GPTNeoX", *_decoder.ALL)
 

@@ -60,18 +60,17 @@ class Config(_mixture.Config):
         "swiglu_alpha": "swiglu_alpha",
         "swiglu_limit": "swiglu_limit",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | {"experts_per_token", "initial_context_length"}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("GptOss", *_decoder.ALL[:2])
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("GptOss", *_decoder.CLASSIFIERS)
 
     @property
     def expert_clamp(self) -> tuple[float, float] | None:
         return self.swiglu_alpha, self.swiglu_limit
 
     @property
-    def kinds(self) -> tuple[_decoder.Kind, ...]:
-        types = self.layer_types or ("sliding_attention", "full_attention") * self.num_layers
-        windows = (self.sliding_window if t == "sliding_attention" else None for t in types[: self.num_layers])
-        return tuple(_decoder.Kind(window, self.rope) for window in windows)
+    def own_types(self) -> tuple[str, ...]:
+        return self.full_every(2)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:

@@ -55,6 +55,10 @@ class Config(_decoder.Config):
         "pad_token_id": "pad_token_id",
         "tie_word_embeddings": "tie_word_embeddings",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+        "max_position_embeddings": "n_positions",
+    }  # fmt: skip
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset(
         """attn_pdrop embd_pdrop resid_pdrop n_ctx summary_activation summary_first_dropout summary_proj_to_labels
         summary_type summary_use_proj""".split()

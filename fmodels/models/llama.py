@@ -25,7 +25,9 @@ class Config(_decoder.Config):
         "attention_bias": "attention_bias",
         "mlp_bias": "mlp_bias",
     }
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"max_sequence_length", "is_llama_config"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Llama", *_decoder.ALL)
+    OTHERS: ClassVar[Mapping[str, str]] = {"LLaMAForCausalLM": "causal-lm"}
 
 
 WEIGHTS = _decoder.weights(flax=Flax(repeats_head=True))

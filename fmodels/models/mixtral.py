@@ -27,6 +27,7 @@ class Config(_mixture.Config):
     model_type: ClassVar[str] = "mixtral"
     gguf: ClassVar[Gguf | None] = Gguf("llama", permuted=True, fields=EXPERTS, factors=("llama3", "longrope"))
     HF: ClassVar[Mapping[str, str]] = {**_mixture.Config.HF, "sliding_window": "sliding_window"}
+    ALIASES: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
     IRRELEVANT: ClassVar[frozenset[str]] = _mixture.Config.IRRELEVANT | {"router_jitter_noise"}  # in training
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Mixtral", *_decoder.ALL)
 

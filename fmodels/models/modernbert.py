@@ -16,7 +16,7 @@ from fmodels import tree
 from fmodels.models import _encoder
 from fmodels.models._base import Family, at, init_normal
 from fmodels.models._encoder import CLASSES, TOKEN_CLASSES, head
-from fmodels.models._rope import read_rope, rope_parameters
+from fmodels.models._rope import TYPES, read_ropes, write_ropes
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention
 from fmodels.nn.embeddings import embed, lm_logits
@@ -29,7 +29,6 @@ from fmodels.weights.rules import Rule, Weights
 
 SAME = """norm_eps layer_types local_attention norm_bias attention_bias mlp_bias decoder_bias classifier_bias classifier_activation
 classifier_pooling""".split()
-TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,28 +106,23 @@ class Config(_encoder.Config):
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         own = super().read_special(data, fields, problems)
-        given, scaling = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
-        known = " and ".join(TYPES)
-        problems += [f"rope_parameters has {name!r}, known are {known}" for name in given if name not in TYPES]
+        given = data.get("rope_parameters") or {}
+        if scaling := data.get("rope_scaling"):
+            given = {**given, **{name: {**(given.get(name) or {}), **scaling} for name in TYPES}}
         whole = data.get("global_rope_theta", cls.rope.theta)
         local = data.get("local_rope_theta", cls.local_rope.theta)
-        bases = {"rope": whole, "local_rope": whole if local is None else local}
-        for name, (field, theta) in zip(TYPES, bases.items(), strict=True):
-            fields[field] = read_rope(
-                {"rope_theta": theta, "rope_parameters": {**(given.get(name) or {}), **scaling}},
-                problems,
-                head_dim=fields["head_dim"],
-                max_positions=data.get("max_position_embeddings", cls.max_positions),
-            )
+        fields["rope"], fields["local_rope"] = read_ropes(
+            given,
+            problems,
+            (Rope(theta=whole), Rope(theta=whole if local is None else local)),
+            head_dim=fields["head_dim"],
+            max_positions=data.get("max_position_embeddings", cls.max_positions),
+        )
         return own | {"rope_parameters", "rope_scaling", "global_rope_theta", "local_rope_theta"}
 
     def write_special(self) -> dict[str, Any]:
-        ropes = zip(TYPES, (self.rope, self.local_rope), strict=True)
-        return {
-            "rope_parameters": {name: rope_parameters(rope) for name, rope in ropes},
-            "global_rope_theta": self.rope.theta,  # this and the next for transformers 4
-            "local_rope_theta": self.local_rope.theta,
-        }
+        bases = {"global_rope_theta": self.rope.theta, "local_rope_theta": self.local_rope.theta}  # for transformers 4
+        return {**write_ropes(self.rope, self.local_rope), **bases}
 
 
 HEADS = ("masked-lm", *CLASSES, *TOKEN_CLASSES)

@@ -29,14 +29,7 @@ class Config(roberta.Config):
         **{k: v for k, v in roberta.Config.HF.items() if k not in ("num_token_types", "causal")},
         "num_buckets": "relative_attention_num_buckets",
     }
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = {
-        "base": "MPNetModel",
-        "masked-lm": "MPNetForMaskedLM",
-        "sequence-classification": "MPNetForSequenceClassification",
-        "token-classification": "MPNetForTokenClassification",
-        "question-answering": "MPNetForQuestionAnswering",
-        "multiple-choice": "MPNetForMultipleChoice",
-    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _encoder.architectures("MPNet")
 
     @property
     def padding_index(self) -> int | None:

@@ -121,6 +121,7 @@ def weights(names: Mapping[str, str | tuple[str, ...]], module: Weights | None =
         ),
         decoder=f"{LM}.decoder",
         bias=f"{LM}.bias",
+        ignored=(r"inv_freq$",),
     )
     return dataclasses.replace(found, module=module)
 

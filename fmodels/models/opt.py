@@ -48,6 +48,7 @@ class Config(_fairseq.Config):
         "norm_affine": "layer_norm_elementwise_affine",
         "no_final_norm": "_remove_final_layer_norm",
     }
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"learned_embeddings": (True,), "scale_embeddings": (False,)}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
         "OPT", "sequence-classification", "question-answering"
     )

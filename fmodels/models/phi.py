@@ -45,9 +45,7 @@ class Config(_decoder.Config):
         "qk_norm": "qk_layernorm",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"resid_pdrop", "embd_pdrop"}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Phi", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Phi", *_decoder.CLASSIFIERS)
 
     @property
     def head_bias(self) -> bool:

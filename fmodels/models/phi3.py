@@ -41,17 +41,26 @@ class Config(_decoder.Config):
         factors=("longrope",),
     )
     partial: ClassVar[bool] = True
+    rounds_up: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "sliding_window": "sliding_window"}
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"resid_pdrop", "embd_pdrop"}
-    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"attention_bias": (False,)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Phi3", "sequence-classification", "token-classification"
-    )
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,)),
+        **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
+    }
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Phi3", *_decoder.CLASSIFIERS)
+
+    @property
+    def longest_short(self) -> int | None:
+        rope = self.rope
+        switches = rope.type == "longrope" and rope.short_factor != rope.long_factor
+        return rope.original_max_positions if switches else None
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
-        fields["original_max_positions"] = data.get("original_max_position_embeddings", cls.original_max_positions)
-        return super().read_special(data, fields, problems)
+        key = "original_max_position_embeddings"  # goes before that of rope_parameters, also where it is not given
+        fields["original_max_positions"] = data.get(key, cls.original_max_positions)
+        return super().read_special({**data, key: fields["original_max_positions"]}, fields, problems)
 
     def write_special(self) -> dict[str, Any]:
         return {**super().write_special(), "original_max_position_embeddings": self.original_max_positions}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import Gguf
@@ -41,6 +41,7 @@ class Config(_decoder.Config):
         "use_sliding_window": "use_sliding_window",
         "max_window_layers": "max_window_layers",
     }
+    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"use_mrope": (False,)}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Qwen2", *_decoder.ALL)
 
     @property
@@ -48,11 +49,12 @@ class Config(_decoder.Config):
         return False
 
     @property
-    def kinds(self) -> tuple[_decoder.Kind, ...]:
+    def own_types(self) -> tuple[str, ...]:
         later = ("full_attention",) * self.max_window_layers + ("sliding_attention",) * self.num_layers
-        types = self.layer_types or later[: self.num_layers]
-        window = self.sliding_window if self.use_sliding_window else None
-        return tuple(_decoder.Kind(window if t == "sliding_attention" else None, self.rope) for t in types)
+        return later[: self.num_layers]
+
+    def kind(self, full: bool) -> _decoder.Kind:
+        return super().kind(full or not self.use_sliding_window)
 
 
 WEIGHTS = _decoder.weights()

@@ -57,11 +57,9 @@ class Config(_mixture.SparseConfig):
         return False
 
     @property
-    def kinds(self) -> tuple[_decoder.Kind, ...]:
+    def own_types(self) -> tuple[str, ...]:
         last = self.max_window_layers if self.use_sliding_window else 0
-        own = ("full_attention" if i % 2 or i >= last else "sliding_attention" for i in range(self.num_layers))
-        types = self.layer_types or tuple(own)
-        return tuple(_decoder.Kind(self.sliding_window if t == "sliding_attention" else None, self.rope) for t in types)
+        return tuple("full_attention" if i % 2 or i >= last else "sliding_attention" for i in range(self.num_layers))
 
 
 SHARED = {f"shared_expert.{one}_proj": f"layers.moe.shared.{one}" for one in ("gate", "up", "down")}

@@ -50,20 +50,25 @@ class Config(_decoder.Config):
         "no_rope_layers": "no_rope_layers",
         "no_rope_layer_interval": "no_rope_layer_interval",
     }
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"max_window_layers"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("SmolLM3", *_decoder.ALL)
 
     @property
+    def turned(self) -> tuple[bool, ...]:
+        """Of each layer, whether queries and keys are rotated."""
+        if self.no_rope_layers is not None:
+            return tuple(map(bool, self.no_rope_layers))
+        return tuple((i + 1) % self.no_rope_layer_interval != 0 for i in range(self.num_layers))
+
+    @property
+    def own_types(self) -> tuple[str, ...]:
+        full = (turn or not self.use_sliding_window for turn in self.turned)
+        return tuple("full_attention" if one else "sliding_attention" for one in full)
+
+    @property
     def kinds(self) -> tuple[_decoder.Kind, ...]:
-        turns = self.no_rope_layers
-        if turns is None:
-            turns = [(i + 1) % self.no_rope_layer_interval != 0 for i in range(self.num_layers)]
-        windows = [self.use_sliding_window and not turn for turn in turns]
-        if self.layer_types is not None:
-            windows = [t == "sliding_attention" for t in self.layer_types]
-        return tuple(
-            _decoder.Kind(self.sliding_window if window else None, self.rope if turn else None)
-            for window, turn in zip(windows, turns, strict=True)
-        )
+        kinds = zip(super().kinds, self.turned, strict=True)
+        return tuple(kind if turn else kind._replace(rope=None) for kind, turn in kinds)
 
 
 WEIGHTS = _decoder.weights()

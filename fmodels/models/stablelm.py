@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fmodels.models import _decoder
 from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
+from fmodels.weights.rules import Rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Config(_decoder.Config):
 
     Attributes:
         parallel: whether both blocks read the same input, behind one norm.
+        qk_norm: whether queries and keys are normed, each head by a norm of its own.
     """
 
     vocab_size: int = 50304
@@ -30,12 +32,15 @@ class Config(_decoder.Config):
     norm_eps: float = 1e-5
     rope: Rope = Rope(partial_rotary_factor=0.25)
     parallel: bool = False  # pyright: ignore[reportIncompatibleVariableOverride]
+    qk_norm: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 0
 
     model_type: ClassVar[str] = "stablelm"
     gguf: ClassVar[Gguf | None] = Gguf(
-        "stablelm", shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight"}, square=True
+        "stablelm",
+        square=True,
+        shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight", "qk_norm": "attn_q_norm.weight"},
     )
     own_kv_heads: ClassVar[bool] = True
     norm: ClassVar[str] = "layer"
@@ -45,12 +50,10 @@ class Config(_decoder.Config):
         "norm_eps": "layer_norm_eps",
         "attention_bias": "use_qkv_bias",
         "parallel": "use_parallel_residual",
+        "qk_norm": "qk_layernorm",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_dropout"}
-    DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {"qk_layernorm": (False,)}
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "StableLm", "sequence-classification", "token-classification"
-    )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("StableLm", *_decoder.CLASSIFIERS)
 
     @property
     def output_bias(self) -> bool:
@@ -62,6 +65,17 @@ class Config(_decoder.Config):
         return not self.parallel
 
 
-WEIGHTS = _decoder.weights(norm_bias=True, when={"layers.mlp_norm": "serial"})
+HEAD_NORMS = (
+    ("q_layernorm.norms.{h}", "layers.attention.query_norms.scale"),
+    ("k_layernorm.norms.{g}", "layers.attention.key_norms.scale"),
+)
+"""Names of the norms of a head, and their leaves."""
+
+WEIGHTS = _decoder.weights(
+    _decoder.NAMES,
+    *(Rule(f"@layers.{{l}}.self_attn.{name}.weight", leaf, when="qk_norm") for name, leaf in HEAD_NORMS),
+    norm_bias=True,
+    when={"layers.mlp_norm": "serial"},
+)
 
 FAMILY = _decoder.family(Config, WEIGHTS)

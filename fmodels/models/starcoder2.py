@@ -41,13 +41,12 @@ class Config(_decoder.Config):
         "norm_eps": "norm_epsilon",
         "sliding_window": "sliding_window",
     }
-    # transformers reads neither of mlp_type and norm_type.
-    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {
-        "residual_dropout", "embedding_dropout", "mlp_type", "norm_type",
-    }  # fmt: skip
-    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures(
-        "Starcoder2", "sequence-classification", "token-classification"
+    # transformers reads only the dropouts of them; the published models have the others from GPTBigCode.
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | frozenset(
+        """residual_dropout embedding_dropout mlp_type norm_type activation_function layer_norm_epsilon
+        attention_softmax_in_fp32 scale_attention_softmax_in_fp32 scale_attn_weights""".split()
     )
+    ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Starcoder2", *_decoder.CLASSIFIERS)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:

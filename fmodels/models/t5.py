@@ -74,6 +74,9 @@ class Config(_seq2seq.Config):
         "norm_eps": "layer_norm_epsilon",
         "initializer_range": "initializer_factor",
     }
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv",
+    }  # fmt: skip
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset({"dropout_rate", "classifier_dropout", "n_positions"})
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
         "base": "T5Model",
@@ -83,6 +86,7 @@ class Config(_seq2seq.Config):
         "token-classification": "T5ForTokenClassification",
         "question-answering": "T5ForQuestionAnswering",
     }
+    OTHERS: ClassVar[Mapping[str, str]] = {"T5WithLMHeadModel": "seq2seq-lm"}
     ONE_PART: ClassVar[Mapping[str, str]] = {"encoder": "encoder", "token-classification": "encoder"}
     SHIFTS: ClassVar[tuple[str, ...]] = ("sequence-classification", "question-answering")
 

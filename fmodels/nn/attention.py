@@ -66,7 +66,8 @@ def attend(
         present: `(b t)` bool, True for real tokens.
         cache: with the tokens before these; one that they fill from end to end has none.
         causal: whether a token of this call sees only those of this call at its own place and before it.
-        window: how many tokens a token of a causal model sees at most, itself included; only real tokens count.
+        window: how many tokens a token of a causal model sees at most, itself included. Columns count, as in transformers; but
+            with a cache only real tokens, so that padding behind a prompt takes no place.
         slots: how many slots the layers' keys and values have, where that is fewer than the columns of the cache: a ring.
         reach: how many columns away a token of an encoder sees others, before it and behind it.
     """
@@ -79,9 +80,10 @@ def attend(
         new = new & jnp.tril(jnp.ones((t, t), bool))[None]
     old = None if cache is None or cache.mask.shape[1] == t else cache.mask[:, None, :]
     if window is not None:
-        places = jnp.cumsum(present, axis=-1, dtype=jnp.int32)
+        places = jnp.arange(t, dtype=jnp.int32)[None]
         if cache is not None:
-            places = places + cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+            before = cache.mask.sum(-1, keepdims=True, dtype=jnp.int32)
+            places = jnp.cumsum(present, axis=-1, dtype=jnp.int32) + before
         new = new & (places[:, :, None] - places[:, None, :] < window)
         if old is not None and cache is not None:
             before, there = jnp.cumsum(cache.mask, axis=-1, dtype=jnp.int32), cache.mask
@@ -204,6 +206,7 @@ def attention(
     scale: Any = None,
     cap: float | None = None,
     bias: Callable[[Array, Array], Array] | None = None,
+    product: Callable[..., tuple[Array, list[Array]]] | None = None,
 ) -> tuple[Array, Slot]:
     """`softmax(q kᵀ · scale) v`, with as many query heads per key-value head as the weights have.
 
@@ -219,6 +222,7 @@ def attention(
         scale: of the scores; `1 / sqrt(k)` if None.
         cap: scores are squeezed between `-cap` and `cap`, by `tanh`.
         bias: `(queries (b t h k), keys (b t g k)) -> (b h t t)`, added to the scores of an encoder.
+        product: what combines queries, keys and values, such as `block_sparse`; `dot_product` if None.
 
     Returns:
         `(b t d)` and the updated slot. A query that sees no key gives the mean of the values, never NaN.
@@ -238,7 +242,7 @@ def attention(
     if slot.keys is not None and seen.old is not None:
         parts.insert(0, Part(*read(slot), seen.old, seen.old_bias))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    context, weights = dot_product(query, parts, scale, cap=cap, sinks=params.get("sinks"))
+    context, weights = (product or dot_product)(query, parts, scale, cap=cap, sinks=params.get("sinks"))
     slot = keep(slot, weights)
     if slot.keys is not None:
         slot = write(slot, key, value, context)
@@ -349,6 +353,69 @@ def dot_product(
     return jnp.asarray(context).reshape(b, h, t, parts[0].values.shape[-1]).swapaxes(1, 2), [
         w.reshape(b, h, t, -1) for w in weights
     ]
+
+
+def block_sparse(
+    query: Array, parts: Sequence[Part], scale: Any, *, size: int, repeats: int = 0, **rest: Any
+) -> tuple[Array, list[Array]]:
+    """`dot_product` of a long text whose tokens see the block they are in, those beside it, the first and the last.
+
+    Tokens of the first and the last block see everything. Time and memory grow with the length, not with its square.
+
+    Args:
+        query: `(b t h k)`, of at least four blocks.
+        parts: one, whose `seen` is `(b 1 t)` and which has no bias.
+        scale: of the scores.
+        size: how many tokens a block has.
+        repeats: how many more times the first block counts for tokens of the others.
+        rest: as in `dot_product`.
+
+    Returns:
+        `(b t h k)`, and the weights `(b h t t)`, of the first block that of one of the times it counts.
+
+    Source: Zaheer et al. 2020.
+    """
+    (part,) = parts
+    b, t, h, k = query.shape
+    count = -(-t // size)
+    more = count * size - t
+    queries = jnp.pad(query, ((0, 0), (0, more), (0, 0), (0, 0))).reshape(b, count, size, h, k)
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in part[:2])
+    seen = jnp.pad(part.seen, ((0, 0), (0, 0), (0, more)))
+
+    edges = jnp.concatenate([queries[:, 0], queries[:, -1]], axis=1)
+    outer, outer_weights = dot_product(edges, [Part(keys, values, seen)], scale, **rest)
+
+    inner = np.arange(1, count - 1)
+    blocks = np.stack([0 * inner, inner - 1, inner, inner + 1, 0 * inner + count - 1], axis=1)
+    every = inner > 0  # a neighbour may be the first block or the last, which count once
+    new = np.stack([every, inner > 1, every, inner < count - 2, every], axis=1)
+    times = np.repeat(np.array([1 + repeats, 1, 1, 1, 1], np.float32), size)
+
+    def near(x: Array) -> Array:
+        """Of `(b g t …)`, what each block sees: `(b count-2 g 5·size …)`."""
+        x = x.reshape(*x.shape[:2], count, size, *x.shape[3:])[:, :, blocks]
+        return jnp.moveaxis(x.reshape(*x.shape[:3], 5 * size, *x.shape[5:]), 2, 1)
+
+    def rows(x: Array) -> Array:
+        return x.reshape(b * (count - 2), *x.shape[2:])
+
+    there = rows(near(seen) & np.repeat(new, size, axis=1)[None, :, None])
+    often = jnp.log(jnp.asarray(times))[None, None, None]
+    middle, weights = dot_product(
+        rows(queries[:, 1:-1]), [Part(rows(near(keys)), rows(near(values)), there, often)], scale, **rest
+    )
+    middle = middle.reshape(b, count - 2, size, h, -1)
+    ends = outer.reshape(b, 2, size, h, -1)
+    context = jnp.concatenate([ends[:, :1], middle, ends[:, 1:]], axis=1).reshape(b, count * size, h, -1)[:, :t]
+    if not weights:
+        return context, []
+    near_weights = (weights[0] / times.astype(query.dtype)[None, None, None]).reshape(b, count - 2, h, size, 5, size)
+    spread = jnp.zeros((b, h, count - 2, size, count, size), query.dtype)
+    spread = spread.at[:, :, np.arange(count - 2)[:, None], :, blocks].add(near_weights.transpose(1, 4, 0, 2, 3, 5))
+    outer_weights = outer_weights[0].reshape(b, h, 2, size, count, size)
+    whole = jnp.concatenate([outer_weights[:, :, :1], spread, outer_weights[:, :, 1:]], axis=2)
+    return context, [whole.reshape(b, h, count * size, count * size)[:, :, :t, :t]]
 
 
 def _by_kernel(kernel: Callable[..., Array], query: Array, parts: Sequence[Part], scale: Any, **rest: Any) -> Array:

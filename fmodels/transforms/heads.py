@@ -41,6 +41,8 @@ def prune_heads(params: Params, config: Config, heads: Mapping[int, Iterable[int
         ValueError: a layer would keep no head; a group would be split unevenly; the tree does not fit the config.
         IndexError: a layer or a head is out of range; negative numbers are.
         TypeError: a number is not an integer. All problems are listed, and nothing is changed.
+        NotImplementedError: there are several stacks of layers (encoder-decoders); or the others would compute something
+            else without these heads: norms over all heads together (OLMo 2), numbers that all layers share (MPNet).
 
     Example:
         >>> import jax, fmodels as fm
@@ -60,6 +62,7 @@ def prune_heads(params: Params, config: Config, heads: Mapping[int, Iterable[int
     key-value groups.
     """
     _check_one_stack("prune_heads", params)
+    _check_independent(params, config)
     gone, problems = _read(params, config, heads)
     problems += [problem for layer in gone if (problem := _unprunable(config, layer, gone[layer]))]
     _raise("prune_heads", problems)
@@ -225,6 +228,23 @@ def _check_one_stack(name: str, params: Params) -> None:
         )
 
 
+def _check_independent(params: Params, config: Any) -> None:
+    """Raises where heads that stay would compute something else than `mask_heads` leaves them."""
+    reason = "" if not config.joint_norms else "norms queries and keys over all heads together"
+    if shared := [path for path in tree.flatten(params) if _is_shared(path) and "h" in schema.axes(path)]:
+        reason = f"has {', '.join(shared)} for the heads of all layers together"
+    if reason:
+        raise NotImplementedError(
+            f"prune_heads: {config.model_type} {reason}, so that none can leave a layer; silence them with "
+            "mask_heads (fmodels prune --mask)"
+        )
+
+
+def _is_shared(path: str) -> bool:
+    """Whether a leaf belongs to no layer."""
+    return schema.split_layer(path)[1] is None and schema.axes(path)[0] != "l"
+
+
 def _reads_heads(letters: tuple[str, ...]) -> bool:
     return "h" in letters and "d" in letters[: letters.index("h")]
 
@@ -266,7 +286,7 @@ def _misfits(params: Params, config: Any) -> list[Problem]:
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if not _leaves.is_hole(leaf)}
     for path, leaf in flat.items():
         letters = schema.axes(path)
-        if not {"h", "g"} & {*letters}:
+        if not {"h", "g"} & {*letters} or _is_shared(path):
             continue
         stacked = letters[0] == "l"
         depth = leaf.shape[0] if stacked else len(params["layers"])

@@ -240,7 +240,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
     """The format of a file or folder, by its content.
 
     Raises:
-        ValueError: a git-lfs pointer.
+        ValueError: a git-lfs pointer, or the index of a checkpoint.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -252,6 +252,8 @@ def format_of(path: str | os.PathLike[str]) -> str:
         tail = file.read(8)
     if is_lfs_pointer(head):
         raise lfs_error(path)
+    if path.suffix == ".json":
+        raise ValueError(f"read: {str(path)!r} holds no weights; give the folder that it lies in")
     if safetensors.looks_like(path):
         return "safetensors"
     if head.startswith(b"PK"):

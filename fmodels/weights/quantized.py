@@ -126,7 +126,7 @@ def apart(members: Members) -> tuple[list[tuple[Packed, Place]], list[tuple[Tens
     packed = [(tensor, place) for tensor, place in members if isinstance(tensor, Packed)]
     plain = [(tensor, place) for tensor, place in members if not isinstance(tensor, Packed)]
     both = {place.layer for _, place in packed} & {place.layer for _, place in plain}
-    if both and members[0][1].expert is not None:
+    if both and members[0][1].number is not None:
         raise ValueError(
             f"load: of the experts of layer {min(filter(None, both), default=0)} some are quantised and some are not, such "
             f"as {packed[0][0].name!r} and {plain[0][0].name!r}; quantise or dequantise all of them"
@@ -162,8 +162,8 @@ def leaves(
         lead: tuple[int, ...] = ()
         if stacked and members[0][1].layer is not None:
             lead += (len({place.layer for _, place in members}),)
-        if members[0][1].expert is not None:
-            lead += (len({place.expert for _, place in members}),)
+        if members[0][1].number is not None:
+            lead += (len({place.number for _, place in members}),)
         parts: dict[str, Any] = {
             name: _read([packed.parts[name] for packed in group], lead, shapes[name]) for name in first.parts
         }

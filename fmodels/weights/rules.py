@@ -20,8 +20,8 @@ class Rule:
     """One kind of tensor on disk.
 
     Attributes:
-        name: its name, `{l}` for the layer number, `{x}` for that of an expert which has a tensor of its own, a leading `@`
-            for the prefix of the base model.
+        name: its name, `{l}` for the layer number, `{x}` for that of an expert which has a tensor of its own, `{h}` and `{g}`
+            for that of such a query or key-value head, a leading `@` for the prefix of the base model.
         leaf: the path of its leaf, or several paths of leaves that lie side by side in it.
         layout: the axes on disk, such as `"(h k) d"`; the leaf's own if None. With several leaves, one layout each.
         along: the axis of the tensor along which several leaves lie side by side.
@@ -57,9 +57,14 @@ class Rule:
         layouts = (self.layout,) if isinstance(self.layout, str) else self.layout
         return tuple(_groups(layout) for layout in layouts)
 
+    @property
+    def numbered(self) -> str:
+        """The letter of the experts, or heads, that have a tensor each; empty if there are none."""
+        return next((letter for letter in "xhg" if f"{{{letter}}}" in self.name), "")
+
     def letters(self, leaf: str) -> tuple[str, ...]:
-        """The axes of the part of a leaf that lies in one tensor: without the layer's, and the expert's if it has a number."""
-        return _letters(leaf, "lx" if "{x}" in self.name else "l")
+        """The axes of the part of a leaf that lies in one tensor: without the layer's, and that of `numbered`."""
+        return _letters(leaf, "l" + self.numbered)
 
     def applies(self, config: Any) -> bool:
         """True if a model with this config has the tensor."""
@@ -261,11 +266,11 @@ def _product(sizes: Iterable[int]) -> int:
 
 
 class Place(NamedTuple):
-    """Where a tensor on disk belongs: its rule, its layer (None outside of the layers), and its expert if it is of one."""
+    """Where a tensor on disk belongs: its rule, its layer (None outside of them), and the number of its own expert or head."""
 
     rule: Rule
     layer: int | None
-    expert: int | None = None
+    number: int | None = None
 
     def sizes(self, config: Any) -> dict[str, int]:
         """Letter -> size there."""
@@ -278,8 +283,8 @@ class Place(NamedTuple):
         return {leaf: schema.with_layer(leaf, self.layer) for leaf in self.rule.leaves}
 
     def position(self, *, stacked: bool) -> tuple[int, ...]:
-        """Of this place in a leaf of the tree: the layer, where layers are stacked, and the expert."""
-        return tuple(i for i in (self.layer if stacked else None, self.expert) if i is not None)
+        """Of this place in a leaf of the tree: the layer, where layers are stacked, and the expert or head."""
+        return tuple(i for i in (self.layer if stacked else None, self.number) if i is not None)
 
     def part(self, leaf: Any, *, stacked: bool) -> Any:
         """What lies here of a leaf of the tree."""
@@ -450,12 +455,13 @@ class Weights:
             if "{l}" not in name:
                 places[name] = Place(rule, None)
                 continue
-            experts = range(schema.sizes(config)["x"]) if "{x}" in name else [None]
+            letter = rule.numbered
             for i in schema.layers_of(rule.leaves[0], config):
                 at = name.replace("{l}", str(i))
                 if i == 0 and rule.first is not None:
                     at = rule.first.replace("@", prefix)
-                places.update({at.replace("{x}", str(j)): Place(rule, i, j) for j in experts})
+                numbers = range(schema.sizes(config, rule.leaves[0], i)[letter]) if letter else [None]
+                places.update({at.replace(f"{{{letter}}}", str(j)): Place(rule, i, j) for j in numbers})
         return places
 
     def spellings(self, name: str, config: Any) -> list[str]:

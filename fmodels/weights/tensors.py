@@ -5,6 +5,7 @@ come. So `write(path, read(other))` streams, and a checkpoint larger than the me
 """
 
 import errno
+import io
 import json
 import math
 import mmap
@@ -29,6 +30,7 @@ PIECE = 2**22  # elements that are looked at at a time
 SQUARE = 256  # elements on a side of what is transposed at a time
 SMALL = 2**16  # bytes, of what is transposed at once
 LARGE = 2**22  # bytes from which on numpy asks for huge pages
+STEP = 2**22  # bytes that are written before the disk is told to begin with them
 
 
 class File:
@@ -292,7 +294,8 @@ def send(out: BinaryIO, tensor: Tensor) -> None:
     done = 0
     while done < tensor.nbytes:
         try:
-            count = os.copy_file_range(tensor.file.fd, out.fileno(), tensor.nbytes - done, tensor.offset + done)
+            count = min(STEP, tensor.nbytes - done)
+            count = os.copy_file_range(tensor.file.fd, out.fileno(), count, tensor.offset + done)
         except OSError as error:
             if done or error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM):
                 raise
@@ -301,6 +304,26 @@ def send(out: BinaryIO, tensor: Tensor) -> None:
         if count == 0:
             raise OSError(f"write: {str(tensor.file.path)!r} was cut while it was read; copy or download it again")
         done += count
+        if isinstance(raw := getattr(out, "raw", None), _Eager):
+            raw.begin()
+
+
+class _Eager(io.FileIO):
+    """A new file that the disk begins to write while more of it is made: the end, which waits for it, has less to wait for."""
+
+    begun = 0
+
+    def write(self, data: Any, /) -> int | None:
+        count = super().write(memoryview(data).cast("B")[:STEP])
+        self.begin()
+        return count
+
+    def begin(self) -> None:
+        """Linux begins to write what it is told that nobody needs; what is not written yet stays in memory."""
+        end = self.tell()
+        if end - self.begun >= STEP and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fileno(), self.begun, end - self.begun, os.POSIX_FADV_DONTNEED)
+            self.begun = end
 
 
 def shape_problem(shape: object, itemsize: int) -> str | None:
@@ -387,7 +410,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(staged, "xb") as file:
+        with io.BufferedWriter(_Eager(staged, "x")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

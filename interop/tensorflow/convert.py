@@ -91,11 +91,7 @@ def arrays_of(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, n
 
 def _check_repeated(what: str, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Raises if a tensor that came as the repetition of another is none: it would get lost."""
-    places = fm.disk_names(config, tied=True, module=True)
-    first: dict[tuple[str, ...], str] = {}
-    for name, leaves in places.items():
-        first.setdefault(leaves, name)
-    pairs = [(name, first[leaves]) for name, leaves in places.items() if name != first[leaves]]
+    pairs = fm.tied_names(config, module=True).items()
     unequal = [a for a, b in pairs if a in arrays and b in arrays and not _same(arrays[a], arrays[b])]
     if unequal:
         raise ValueError(

@@ -74,6 +74,11 @@ def check_values(tables: Any, inputs: Mapping[str, tf.Tensor]) -> None:
         low, high = int(tf.reduce_min(inputs[name])), int(tf.reduce_max(inputs[name]))
         if low < 0 or high >= size:
             problems.append(f"{name} reach from {low} to {high}, outside of 0 … {size - 1}, {what}")
+    for name, tensor in inputs.items():
+        if name.endswith("mask") and not (tensor.dtype.is_bool or tf.is_symbolic_tensor(tensor)):
+            low, high = float(tf.reduce_min(tensor)), float(tf.reduce_max(tensor))
+            if not bool(tf.reduce_all((tensor == 0) | (tensor == 1))):
+                problems.append(f"{name} holds 1 for tokens and 0 for padding; got numbers from {low:g} to {high:g}")
     if problems:
         raise ValueError("TFModel: " + "; ".join(problems))
 

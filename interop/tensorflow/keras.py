@@ -14,7 +14,8 @@ class TFLayer(tf.keras.layers.Layer):
     """A layer that runs a `TFModel`; both have the same variables, so that what is trained in one is so in the other.
 
     Keras has the weights under transformers' names with dots. Change the model (its vocabulary, heads, dtype) before the layer
-    is made: its new variables would not be those that Keras trains, which `call` refuses.
+    is made: its new variables would not be those that Keras trains, which `call` refuses. Keras' mixed precision does not
+    reach into it: the dtypes of the model's variables say what is computed in which.
 
     Args:
         model: the model; its variables become those of Keras.
@@ -32,7 +33,7 @@ class TFLayer(tf.keras.layers.Layer):
     """
 
     def __init__(self, model: TFModel, output: str = "logits", **options: Any):
-        super().__init__(**options)
+        super().__init__(dtype="float32", autocast=False, **options)
         self.model, self.output_field = model, output
         shared = {}
         trained = {id(variable) for variable in model.trainable_variables}
@@ -55,7 +56,7 @@ class TFLayer(tf.keras.layers.Layer):
         Raises:
             ValueError: the model has got other variables since; it does not give the output that the layer is made for.
         """
-        if any(a is not b.value for a, b in zip(self.model.variables, self.weights, strict=True)):
+        if {id(variable) for variable in self.model.variables} != {id(weight.value) for weight in self.weights}:
             raise ValueError("TFLayer: its model has got new variables, which Keras does not train; make a new TFLayer")
         out = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         value = getattr(out, self.output_field)

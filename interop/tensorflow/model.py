@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tensorflow as tf
-from jax.experimental import jax2tf
 
 import fmodels as fm
 from interop.adapters import PREFIX, adapted
-from interop.loading import generation_options
+from interop.generation import GeneratedDict, generate
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
-from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy, to_tensor
+from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy
 from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
+from interop.tensorflow.programs import convert
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -33,6 +33,11 @@ class TFOutput(NamedTuple):
         pooled: `(b d)`, the pooler's output; also `pooler_output`.
         sequence_logits: float32; the second head of models that have two.
         encoder_hidden: `(b s d)`, of encoder-decoder models.
+        hidden_states: `(l+1 b t d)`, on request, as the others.
+        encoder_hidden_states: `(l+1 b s d)`.
+        attentions: `(l b h t t)`.
+        cross_attentions: `(l b h t s)`.
+        encoder_attentions: `(l b h s s)`.
     """
 
     logits: Any = None
@@ -40,6 +45,11 @@ class TFOutput(NamedTuple):
     pooled: Any = None
     sequence_logits: Any = None
     encoder_hidden: Any = None
+    hidden_states: Any = None
+    encoder_hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    encoder_attentions: Any = None
 
     @property
     def last_hidden_state(self) -> Any:
@@ -170,6 +180,11 @@ class TFModel(Pretrained, tf.Module):
         *,
         decoder_tokens: Any = None,
         decoder_mask: Any = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        training: bool | None = None,
         **aliases: Any,
     ) -> TFOutput:
         """Runs the model; see `fm.forward`.
@@ -181,6 +196,11 @@ class TFModel(Pretrained, tf.Module):
             token_types: `(b t)` int. Also `token_type_ids`.
             decoder_tokens: `(b t)` int, of encoder-decoder models. Also `decoder_input_ids`.
             decoder_mask: `(b t)` bool or 0/1. Also `decoder_attention_mask`.
+            hidden_states: also return the input of every layer.
+            attentions: also return the weights of every attention.
+            output_hidden_states: another name of `hidden_states`.
+            output_attentions: another name of `attentions`.
+            training: of no effect: there is no dropout.
             **aliases: the inputs by transformers' names, such as `model(**tokenizer(texts, return_tensors="tf"))`.
 
         Returns:
@@ -198,23 +218,33 @@ class TFModel(Pretrained, tf.Module):
         inputs = read_inputs("TFModel", self.config, given, aliases)
         check_values(self._tables, inputs)
         ready = {name: tf.cast(value, kind_of(name)) for name, value in inputs.items()}
-        key = (tuple(ready), inputs["tokens"].shape.rank)
+        options = {
+            "hidden_states": hidden_states or output_hidden_states,
+            "attentions": attentions or output_attentions,
+        }
+        asked = tuple(name for name, wanted in options.items() if wanted)
+        key = (tuple(ready), inputs["tokens"].shape.rank, asked)
         functions = self._functions.by_inputs
         if key not in functions:
             spec = {n: tf.TensorSpec([None] * key[1], t.dtype, name=n) for n, t in ready.items()}
-            converted = self._convert(ready, key[1], with_gradient=True)
+            converted = self._convert(ready, key[1], asked)
             functions[key] = tf.function(converted, input_signature=[spec], autograph=False)
         return TFOutput(**functions[key](ready))
 
-    def _convert(self, names: Iterable[str], rank: int, *, with_gradient: bool) -> Any:
+    def _convert(self, names: Iterable[str], rank: int, asked: tuple[str, ...]) -> Any:
         """A TensorFlow function of a dict of inputs, whose batch and length may be anything."""
         config, remat, using = self.config, self.is_gradient_checkpointing, self._using()
+        options: dict[str, Any] = dict.fromkeys(asked, True)
         variables = {**self.named_variables, **self.adapter_variables}
 
         def forward(tensors: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
             own = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
             params = adapted(fm.from_disk(own, config), config, tensors, using)
-            out = fm.forward(params, config, **inputs, remat=remat)
+            out = fm.forward(params, config, **inputs, remat=remat, **options)
+            if isinstance(out.attentions, tuple):
+                raise ValueError(
+                    "TFModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
+                )
             fields = {name: getattr(out, name) for name in TFOutput._fields}
             return {name: value for name, value in fields.items() if value is not None}
 
@@ -222,12 +252,12 @@ class TFModel(Pretrained, tf.Module):
         # A table of positions bounds the length; stated, because a symbolic length cannot be compared with it.
         bounded = self._tables.positions is not None and "positions" not in names
         lengths = sorted({shape[-1] for shape in shapes.values()})
-        converted = jax2tf.convert(
+        converted = convert(
             forward,
-            polymorphic_shapes=[None, shapes],
-            polymorphic_constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
-            with_gradient=with_gradient,
-            native_serialization_platforms=PLATFORMS,
+            [None, shapes],
+            constraints=[f"{n} <= {self._tables.positions}" for n in lengths] if bounded else [],
+            gradient=True,
+            platforms=PLATFORMS,
         )
         return lambda inputs: converted(variables, inputs)
 
@@ -241,40 +271,36 @@ class TFModel(Pretrained, tf.Module):
         seed: int | None = None,
         key: Any = None,
         **options: Any,
-    ) -> tf.Tensor:
+    ) -> tf.Tensor | GeneratedDict:
         """Continues prompts; see `fm.generate`. Copies the weights once a call; runs eagerly, not in a `tf.function`.
 
         Args:
-            tokens: `(b t)` int32 or int64 prompts, padded on either side. Also `input_ids`.
+            tokens: `(b t)` int32 or int64 prompts, padded on either side. Also `input_ids` and `inputs`.
             mask: `(b t)` bool or 0/1. Also `attention_mask`.
             max_new_tokens: how many tokens to add at most.
             generation_config: `fm.GenerationConfig` or transformers'; `options` go before it.
             seed: a number for sampling, or `key`.
             key: JAX's random key.
-            **options: by the names of `fm.GenerationConfig`, such as `do_sample=True, top_p=0.9`.
+            **options: by the names of `fm.GenerationConfig`, such as `do_sample=True, top_p=0.9`; other arguments of
+                `fm.generate`, such as `decoder_tokens` (also `decoder_input_ids`); and `return_dict_in_generate`.
 
         Returns:
-            `(b t+n)`, prompts and new tokens, in the dtype of `tokens`.
+            `(b t+n)`, prompts and new tokens, in the dtype of `tokens`; with `return_dict_in_generate=True` a `GeneratedDict`.
         """
         aliases = {name: options.pop(name) for name in ("input_ids", "attention_mask") if name in options}
+        tokens = options.pop("inputs", None) if tokens is None else tokens
         inputs = read_inputs("generate", self.config, {"tokens": tokens, "mask": mask}, aliases)
         if any(tf.is_symbolic_tensor(tensor) for tensor in inputs.values()):
             raise ValueError("generate: it compiles its own loop; call it outside of tf.function")
         if seed is not None and key is not None:
             raise TypeError("generate: pass one of seed= and key=")
-        prompt = inputs["tokens"]
-        base = None if generation_config is None else generation_options(generation_config)
-        new = fm.GenerationConfig(**options)
-        generated = fm.generate(
-            self._adapted(),
-            self.config,
-            prompt.numpy(),
-            mask=inputs["mask"].numpy() if "mask" in inputs else None,
-            max_new_tokens=max_new_tokens,
-            key=key if seed is None else jax.random.key(seed),
-            options=new if base is None else base.replace(**new.to_hf()),
-        )
-        return tf.cast(to_tensor(np.asarray(generated.tokens)), prompt.dtype)
+        sequences, whole = generate(
+            self._adapted(), self.config, {name: tensor.numpy() for name, tensor in inputs.items()}, tf.convert_to_tensor,
+            max_new_tokens=max_new_tokens, generation_config=generation_config,
+            key=key if seed is None else jax.random.key(seed), options=options,
+        )  # fmt: skip
+        sequences = tf.cast(sequences, inputs["tokens"].dtype)
+        return sequences if whole is None else whole._replace(sequences=sequences)
 
     # --- tables and heads ---------------------------------------------------------------------------------------------
 

@@ -10,4 +10,4 @@ from interop.torch.convert import from_torch as from_torch
 from interop.torch.convert import to_torch as to_torch
 from interop.torch.inputs import TABLES as TABLES
 from interop.torch.model import TorchModel as TorchModel
-from interop.torch.model import TorchOutput as TorchOutput
+from interop.torch.output import TorchOutput as TorchOutput

@@ -153,10 +153,8 @@ def _in_module_order(names: Iterable[str]) -> list[str]:
 
 def _check_tied(what: str, arrays: Mapping[str, np.ndarray], config: Any) -> None:
     """Raises where a repetition, which is not read, differs from what it should repeat."""
-    first: dict[tuple[str, ...], str] = {}
-    for name, leaves in fm.disk_names(config, tied=True, module=True).items():
-        known = first.setdefault(leaves, name)
-        if name == known or name not in arrays or known not in arrays:
+    for name, known in fm.tied_names(config, module=True).items():
+        if name not in arrays or known not in arrays:
             continue
         a, b = arrays[name], arrays[known]
         same = memory(a) == memory(b) or (a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())

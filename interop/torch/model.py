@@ -14,50 +14,15 @@ from torch import Tensor, nn
 
 import fmodels as fm
 from interop.adapters import PREFIX
-from interop.loading import generation_options
+from interop.generation import GeneratedDict, generate
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
 from interop.torch.arrays import from_numpy, kind_of, to_numpy, to_tensor
 from interop.torch.call import Call, Differentiable
 from interop.torch.convert import arrays_of, from_torch, to_torch
 from interop.torch.inputs import either, random_key, read_inputs
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchOutput:
-    """What `TorchModel` returns: the fields of `fm.Output` as tensors; what the task does not have is None.
-
-    Attributes:
-        logits: float32, see `fm.Output`.
-        hidden: `(b t d)`, the last hidden state; also as `last_hidden_state`.
-        pooled: `(b d)`, the pooler's output; also as `pooler_output`.
-        sequence_logits: float32, the second head of models that have two.
-        hidden_states: `(l+1 b t d)`, on request.
-        encoder_hidden: `(b s d)`, of encoder-decoder models.
-        encoder_hidden_states: `(l+1 b s d)`, on request.
-        attentions: `(l b h t t)`, on request, weights of attention.
-        cross_attentions: `(l b h t s)`, on request, of a decoder to what the encoder has read.
-        encoder_attentions: `(l b h s s)`, on request, of the encoder.
-    """
-
-    logits: Tensor | None = None
-    hidden: Tensor | None = None
-    pooled: Tensor | None = None
-    sequence_logits: Tensor | None = None
-    hidden_states: Tensor | None = None
-    encoder_hidden: Tensor | None = None
-    encoder_hidden_states: Tensor | None = None
-    attentions: Tensor | None = None
-    cross_attentions: Tensor | None = None
-    encoder_attentions: Tensor | None = None
-
-    @property
-    def last_hidden_state(self) -> Tensor | None:
-        return self.hidden
-
-    @property
-    def pooler_output(self) -> Tensor | None:
-        return self.pooled
+from interop.torch.losses import check_labels, loss_of, shifted_right
+from interop.torch.output import TorchOutput
 
 
 class TorchModel(Pretrained, nn.Module):
@@ -66,7 +31,7 @@ class TorchModel(Pretrained, nn.Module):
     `named_parameters()`, `state_dict()`, `load_state_dict()`, `torch.optim`, `copy.deepcopy`, `torch.save` and the
     conversions of dtype work as for any module, and the methods of transformers' models have their names here
     (`interop.methods` lists those that there are not). There is no dropout: `train()` and `eval()` change nothing, nor does
-    `torch.autocast`: the dtypes of the parameters say what is computed in which. Gradients
+    `torch.autocast`: the dtypes of the parameters say what is computed in which. JAX compiles it, `torch.compile` cannot. Gradients
     come from `jax.vjp`, compiled once per shape of the inputs; second derivatives are not available. A tied head is one
     Parameter under two names.
 
@@ -108,6 +73,7 @@ class TorchModel(Pretrained, nn.Module):
             if id(tensor) not in own:
                 own[id(tensor)] = tensor.clone() if name in buffers else _parameter(tensor)
         _register(self, fm.tree.unflatten({name: own[id(tensor)] for name, tensor in tensors.items()}))
+        self.eval()  # as what transformers loads
 
     def forward(
         self,
@@ -126,7 +92,16 @@ class TorchModel(Pretrained, nn.Module):
         decoder_attention_mask: Tensor | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
-    ) -> TorchOutput:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> TorchOutput | tuple[Tensor, ...]:
         """Runs the model; see `fm.forward`. The names of transformers are accepted for the same inputs.
 
         Args:
@@ -144,30 +119,59 @@ class TorchModel(Pretrained, nn.Module):
             decoder_attention_mask: another name of `decoder_mask`.
             hidden_states: also return the input of every layer.
             attentions: also return the weights of every attention.
+            output_hidden_states: another name of `hidden_states`.
+            output_attentions: another name of `attentions`.
+            return_dict: False returns `to_tuple()`.
+            use_cache: of no effect: `generate` has a cache, this has none.
+            labels: of each token, or of each row: what `loss` is computed of, as transformers does for the task; -100 does not
+                count. Of double heads those of the language model. Without decoder tokens an encoder-decoder language model
+                reads them shifted to the right.
+            next_sentence_label: `(b)`, of BERT's pretraining.
+            sentence_order_label: `(b)`, of ALBERT's pretraining.
+            start_positions: `(b)`, of question answering.
+            end_positions: `(b)`, of question answering.
 
         Raises:
-            TypeError: inputs that are not integer tensors, or that are given under both names.
+            TypeError: labels that the task has not; inputs that are not integer tensors, or that are given under both names.
             ValueError: wrong shapes; tokens, positions or types outside of their tables; parameters that are not on the
                 CPU, or that no longer fit `.config`; `attentions` of layers that differ in their heads.
         """
+        given = {
+            "labels": labels, "next_sentence_label": next_sentence_label, "sentence_order_label": sentence_order_label,
+            "start_positions": start_positions, "end_positions": end_positions,
+        }  # fmt: skip
+        given = {name: label for name, label in given.items() if label is not None}
+        check_labels(self.config, given)
+        mask = either("mask", mask, "attention_mask", attention_mask)
+        decoder_tokens = either("decoder_tokens", decoder_tokens, "decoder_input_ids", decoder_input_ids)
+        if decoder_tokens is None and labels is not None and self.config.task == "seq2seq-lm":
+            decoder_tokens = shifted_right(self.config, labels)
         inputs = read_inputs(
             self.config,
             tokens=either("tokens", tokens, "input_ids", input_ids),
-            mask=either("mask", mask, "attention_mask", attention_mask),
+            mask=mask,
             positions=either("positions", positions, "position_ids", position_ids),
             token_types=either("token_types", token_types, "token_type_ids", token_type_ids),
-            decoder_tokens=either("decoder_tokens", decoder_tokens, "decoder_input_ids", decoder_input_ids),
+            decoder_tokens=decoder_tokens,
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = {**self._tensors(), **self._adapter_tensors()}
-        options = {"hidden_states": hidden_states, "attentions": attentions, "remat": self.is_gradient_checkpointing}
+        options = {
+            "hidden_states": hidden_states or output_hidden_states,
+            "attentions": attentions or output_attentions,
+            "remat": self.is_gradient_checkpointing,
+        }
         asked = tuple(name for name, wanted in options.items() if wanted)
         call = Call(list(tensors), inputs, self.config, asked, self._using())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
         else:
             values = [to_tensor(value) for value in call.run(tensors.values()).values()]
-        return TorchOutput(**dict(zip(call.fields, values, strict=True)))
+        out = TorchOutput(**dict(zip(call.fields, values, strict=True)))
+        if given:
+            assert out.logits is not None
+            out = dataclasses.replace(out, loss=loss_of(self.config, out.logits, out.sequence_logits, given, mask))
+        return out.to_tuple() if return_dict is False else out
 
     @property
     def params(self) -> fm.Params:
@@ -201,11 +205,11 @@ class TorchModel(Pretrained, nn.Module):
         generator: torch.Generator | None = None,
         key: jax.Array | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor | GeneratedDict:
         """Continues prompts; see `fm.generate`. Parameters are stacked once for all tokens.
 
         Args:
-            tokens: `(b t)` integers; or `input_ids`.
+            tokens: `(b t)` integers; or `input_ids`, or `inputs`.
             mask: `(b t)` bool or 0/1; or `attention_mask`.
             input_ids: another name of `tokens`.
             attention_mask: another name of `mask`.
@@ -214,10 +218,11 @@ class TorchModel(Pretrained, nn.Module):
             seed: a number for sampling; or `generator`, or `key`.
             generator: PyTorch's, of which one number is drawn.
             key: JAX's random key.
-            **options: by the names of `fm.GenerationConfig`.
+            **options: by the names of `fm.GenerationConfig`; other arguments of `fm.generate`, such as `decoder_tokens` (also
+                `decoder_input_ids`), `processors` and `tokenizer`; and `return_dict_in_generate`.
 
         Returns:
-            `(b t+n)` int64, prompts and new tokens.
+            `(b t+n)` int64, prompts and new tokens; with `return_dict_in_generate=True` a `GeneratedDict`.
 
         Example:
             >>> import torch
@@ -226,25 +231,17 @@ class TorchModel(Pretrained, nn.Module):
             >>> module.generate(torch.tensor([[300, 301]]), max_new_tokens=3).shape
             torch.Size([1, 5])
         """
+        tokens = either("tokens", tokens, "inputs", options.pop("inputs", None))
         inputs = read_inputs(
             self.config,
             tokens=either("tokens", tokens, "input_ids", input_ids),
             mask=either("mask", mask, "attention_mask", attention_mask),
-            positions=None,
-            token_types=None,
         )
-        base = None if generation_config is None else generation_options(generation_config)
-        new = fm.GenerationConfig(**options)
-        generated = fm.generate(
-            self._adapted(),
-            self.config,
-            inputs["tokens"],
-            mask=inputs["mask"],
-            max_new_tokens=max_new_tokens,
-            key=random_key(seed, generator, key),
-            options=new if base is None else base.replace(**new.to_hf()),
-        )
-        return to_tensor(generated.tokens).long()
+        sequences, whole = generate(
+            self._adapted(), self.config, inputs, torch.from_numpy, max_new_tokens=max_new_tokens,
+            generation_config=generation_config, key=random_key(seed, generator, key), options=options,
+        )  # fmt: skip
+        return sequences.long() if whole is None else whole._replace(sequences=sequences.long())
 
     # --- tables and heads ---------------------------------------------------------------------------------------------
 
@@ -302,13 +299,9 @@ class TorchModel(Pretrained, nn.Module):
         """
         if odd := options.keys() - {"missing_keys", "recompute_mapping"}:
             raise TypeError(f"tie_weights: unknown {', '.join(odd)}")
-        places = fm.disk_names(self.config, tied=True, module=True)
-        first: dict[tuple[str, ...], str] = {}
-        for name, leaves in places.items():
-            home = first.setdefault(leaves, name)
-            if name != home:
-                module, _, last = name.rpartition(".")
-                setattr(self.get_submodule(module), last, self._get(home))
+        for name, home in fm.tied_names(self.config, module=True).items():
+            module, _, last = name.rpartition(".")
+            setattr(self.get_submodule(module), last, self._get(home))
 
     @property
     def base_model(self) -> nn.Module:
@@ -411,8 +404,8 @@ class TorchModel(Pretrained, nn.Module):
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
         if apart := [name for name in _repeated(self.config) if name in tensors]:
             raise ValueError(
-                f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; assign to "
-                "the embedding, or make the module with tie_word_embeddings=False in its config"
+                f"TorchModel: {', '.join(map(repr, apart))} is tied by the config, but has a Parameter of its own; tie_weights() "
+                "takes that of the embedding, a module with tie_word_embeddings=False in its config keeps both"
             )
         return tensors
 
@@ -449,7 +442,7 @@ def _names_of(leaf: str, config: Any, tied: bool = False) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)
 def _repeated(config: Any) -> frozenset[str]:
     """The names that a tied head repeats."""
-    return frozenset(fm.disk_names(config, tied=True, module=True)) - frozenset(fm.disk_names(config, module=True))
+    return frozenset(fm.tied_names(config, module=True))
 
 
 def _register(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:

@@ -138,11 +138,12 @@ def test_export_without_tensorflow(run, case, tmp_path, monkeypatch):
 
 def test_export_of_quantised_weights(run, tmp_path):
     folder = f"{HERE}/tests/goldens/quantized/nf4"
-    code, _, err = run("export", folder, tmp_path / "new")
+    code, _, err = run("export", folder, tmp_path / "new", "--to", "tensorflow")
     assert (code, "add --dequantize" in err) == (2, True)
-    assert run("export", folder, tmp_path / "new", "--dequantize", "--dtype", "float32")[0] == 0
     params, config = fm.load(folder, dtype="float32")
-    exported = fm.load_exported(tmp_path / "new")
-    assert exported.config.quantization is None
     want = fm.forward(params, config, [[5, 6, 7]]).logits
-    np.testing.assert_allclose(exported.forward(exported.params, [[5, 6, 7]]).logits, want, atol=1e-5)
+    for name, options in {"arrays": ["--dequantize"], "blocks": []}.items():
+        assert run("export", folder, tmp_path / name, "--dtype", "float32", *options)[0] == 0
+        exported = fm.load_exported(tmp_path / name)
+        assert (exported.config.quantization is None) == bool(options)
+        np.testing.assert_allclose(exported.forward(exported.params, [[5, 6, 7]]).logits, want, atol=1e-5)

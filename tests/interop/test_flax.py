@@ -44,6 +44,11 @@ def test_trees_are_those_of_the_flax_classes(name):
     assert same(ix.from_flax({"params": ours}, config), params)
 
 
+def test_experts_are_no_repetitions_of_each_other(case):
+    loaded = case("mixtral/causal-lm")
+    assert same(ix.from_flax(ix.to_flax(loaded.params, loaded.config), loaded.config), loaded.params)
+
+
 def test_to_flax_takes_lists_and_tracers(gpt2):
     params, config = gpt2
     want = ix.to_flax(params, config)

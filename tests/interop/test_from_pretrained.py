@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -97,6 +98,12 @@ def test_state_dicts_configs_and_other_names(library, folder):
     other = load(folder, config=dataclasses.replace(BERT, norm_eps=1e-3))
     assert other.config.norm_eps == 1e-3
     assert load(folder, config=folder, layer_norm_eps=1e-4).config.norm_eps == 1e-4
+    theirs = transformers.BertConfig.from_pretrained(folder, layer_norm_eps=1e-5)
+    assert load(folder, config=theirs).config.norm_eps == 1e-5
+    assert library.wrapper.from_config(theirs, seed=0).config.norm_eps == 1e-5
+    assert json.loads(dict(load(folder, use_cache=False).config.extra)["use_cache"]) is False  # changes no number
+    assert load(folder, hidden_act="relu").config.activation == "relu"
+    assert load(folder, generation_config={"top_k": 4}).config.generation.top_k == 4
     assert load(folder, generation_config=transformers.GenerationConfig(top_k=3)).config.generation.top_k == 3
     for dtype in ("bfloat16", torch.bfloat16, tf.bfloat16):
         assert name_of_dtype(load(folder, dtype=dtype).dtype) == "bfloat16"
@@ -108,6 +115,7 @@ def test_state_dicts_configs_and_other_names(library, folder):
     for error, options in (
         (TypeError, {"state_dict": tensors}),
         (TypeError, {"config": GPT2}),
+        (TypeError, {"state_dict": tensors, "config": 3}),
         (TypeError, {"state_dict": tensors, "config": GPT2, "dtype": "float32", "torch_dtype": "float32"}),
         (
             ValueError,

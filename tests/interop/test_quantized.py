@@ -7,6 +7,8 @@ libraries that the formats are from.
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -95,7 +97,6 @@ def test_what_needs_arrays_says_so(golden, tmp_path):
         lambda: itf.TFModel(params, config),
         lambda: flax.to_flax(params, config),
         lambda: to_transformers(params, config),
-        lambda: fm.export_forward(params, config, tmp_path),
         lambda: fm.save(params, config, tmp_path, format="gguf"),
     ):
         with pytest.raises(ValueError, match=r"use fm\.dequantize\(params\) first"):
@@ -108,6 +109,36 @@ def test_what_needs_arrays_says_so(golden, tmp_path):
         with pytest.raises(NotImplementedError, match=r"use fm\.dequantize\(params\) first"):
             change()
     assert not list(tmp_path.iterdir())
+
+
+EXPORTED = """
+import sys, numpy, fmodels as fm
+exported = fm.load_exported(sys.argv[1])
+assert any(isinstance(leaf, fm.arrays.Quantized) for leaf in fm.tree.flatten(exported.params).values())
+tokens = numpy.load(sys.argv[1] + "/tokens.npy")
+numpy.savez(sys.argv[1] + "/out", logits=exported.forward(exported.params, tokens).logits,
+            tokens=exported.generate(exported.params, tokens).tokens)
+"""
+
+
+def test_exported_programs_take_the_leaves(golden, tmp_path):
+    _, params, config, want = golden
+    fm.export_forward(params, config, tmp_path)
+    fm.export_generate(params, config, tmp_path, max_new_tokens=3)
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    subprocess.run([sys.executable, "-c", EXPORTED, str(tmp_path)], check=True)
+    out = np.load(tmp_path / "out.npz")
+    close(out["logits"], want)
+    np.testing.assert_array_equal(out["tokens"], fm.generate(params, config, TOKENS, max_new_tokens=3).tokens)
+
+
+def test_exported_programs_of_gguf(tmp_path):
+    fm.save(*fm.load(fm.assets.TINY_LLAMA), tmp_path / "gguf", format="gguf", dtype="q8_0")
+    params, config = fm.load(tmp_path / "gguf", dequantize=False)
+    fm.export_forward(params, config, tmp_path / "exported", platforms=("cpu",))
+    exported = fm.load_exported(tmp_path / "exported")
+    got, want = exported.forward(exported.params, TOKENS).logits, fm.forward(params, config, TOKENS).logits
+    np.testing.assert_array_equal(got, want)
 
 
 def test_resized_and_cast(golden, tmp_path):

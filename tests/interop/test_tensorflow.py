@@ -101,6 +101,16 @@ def test_other_tasks(case, name):
     assert out.pooler_output is out.pooled
 
 
+def test_hidden_states_and_attentions(case):
+    loaded = case("gpt2/causal-lm")
+    given = {n: a for n, a in loaded.inputs("left").items() if n != "positions"}
+    out = TFModel(loaded.params, loaded.config)(
+        **given, output_hidden_states=True, output_attentions=True, training=True
+    )
+    assert out.attentions is not None
+    families.assert_equal(out, loaded.reference("left"), **loaded.masks("left"), causal=True)
+
+
 def test_adam_inside_tf_function_and_aliases(case):
     loaded = case("llama/causal-lm")
     model = TFModel(loaded.params, loaded.config)
@@ -284,6 +294,7 @@ def test_bad_inputs(case):
         "tokens must be integers, int32 or int64; got float32": {"tokens": tokens.astype(np.float32)},
         r"mask has shape \(2, 6\), tokens have \(2, 7\)": {"tokens": tokens, "mask": np.ones((2, 6), np.int32)},
         "tokens reach from 1 to 61, outside of 0 … 60, the vocabulary": {"tokens": [[1, 61]]},
+        "mask holds 1 for tokens and 0 for padding; got numbers from 1 to 5": {"tokens": [[1, 2]], "mask": [[1, 5]]},
         "33 tokens are more than the 32 positions": {"tokens": np.ones((1, 33), np.int32)},
         "positions reach from 0 to 32": {"tokens": [[1, 2]], "positions": [[0, 32]]},
         "tokens .or input_ids. are missing": {},

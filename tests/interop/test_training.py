@@ -62,11 +62,12 @@ model = TorchModel(fm.init(config, jax.random.key(0)), config)
 tokens = torch.arange(32).reshape(8, 4) % 11
 model(tokens).logits.logsumexp(-1).mean().backward()
 want = [p.grad.clone() for p in model.parameters()]
-model.zero_grad(set_to_none=True)
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-parallel(tokens[4 * rank : 4 * rank + 4]).logits.logsumexp(-1).mean().backward()
-for p, gradient in zip(model.parameters(), want, strict=True):
-    torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
+for options in ({}, {"static_graph": True}):
+    model.zero_grad(set_to_none=True)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, **options)
+    parallel(tokens[4 * rank : 4 * rank + 4]).logits.logsumexp(-1).mean().backward()
+    for p, gradient in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-4)
 dist.destroy_process_group()
 print("equal")
 """
@@ -107,3 +108,27 @@ def test_fit_of_keras_trains_the_model():
         layer(tokens)
     with pytest.raises(ValueError, match="has no pooled"):
         TFLayer(model, output="pooled")(tokens)
+
+
+@pytest.mark.slow
+def test_mixed_precision_of_keras_changes_nothing():
+    model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
+    before = model(tokens).logits.numpy()
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        network = tf.keras.Sequential([tf.keras.Input((4,), dtype="int32"), TFLayer(model)])
+        np.testing.assert_array_equal(network.predict(tokens, verbose=0), before)
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.slow
+def test_fit_of_keras_trains_an_adapter_alone():
+    model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
+    model.add_adapter({"r": 2, "target_modules": ["c_attn"]}, seed=0)
+    own = {name: variable.numpy() for name, variable in model.named_variables.items()}
+    network = tf.keras.Sequential([tf.keras.Input((4,), dtype="int32"), TFLayer(model)])
+    network.compile(tf.keras.optimizers.Adam(0.1), tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = network.fit(tokens, tokens, epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0], losses
+    assert all(np.array_equal(variable.numpy(), own[name]) for name, variable in model.named_variables.items())

@@ -239,6 +239,37 @@ def test_transition_scores_are_those_of_transformers(library, case):
     np.testing.assert_allclose(library.numpy(found), want.numpy(), atol=1e-5)
 
 
+def test_generate_returns_what_transformers_does(library, case):
+    row = case("gpt2/causal-lm")
+    tokens = row.inputs()["tokens"]
+    options = {"max_new_tokens": 3, "num_beams": 2, "output_scores": True, "return_dict_in_generate": True}
+    want = row.model.generate(inputs=torch.from_numpy(tokens).long(), do_sample=False, **options)
+    model = library.wrapper(row.params, row.config)
+    got = model.generate(inputs=library.tensor(tokens.tolist(), "int32"), streamer=None, logits_processor=[], **options)
+    np.testing.assert_array_equal(library.numpy(got.sequences), want.sequences.numpy())
+    np.testing.assert_allclose(library.numpy(got.sequences_scores), want.sequences_scores.numpy(), atol=1e-5)
+    assert len(got.scores) == len(want.scores)
+    each = model.compute_transition_scores(got.sequences, got.scores, got.beam_indices)
+    theirs = row.model.compute_transition_scores(want.sequences, want.scores, want.beam_indices)
+    np.testing.assert_allclose(library.numpy(each), theirs.numpy(), atol=1e-5)
+    with pytest.raises(TypeError, match=r"stopping_criteria is of PyTorch's loop.*pass stops="):
+        model.generate(library.tensor(tokens.tolist(), "int32"), stopping_criteria=[print])
+
+
+def test_generate_takes_what_the_decoder_begins_with(library, case):
+    row = case("t5/seq2seq-lm")
+    tokens, begin = row.inputs()["tokens"].tolist(), [[3, 5], [3, 9]]
+    tokens = tokens[: len(begin)]
+    want = row.model.generate(
+        torch.tensor(tokens), decoder_input_ids=torch.tensor(begin), max_new_tokens=3, do_sample=False
+    )
+    model = library.wrapper(row.params, row.config)
+    got = model.generate(
+        library.tensor(tokens, "int32"), decoder_input_ids=library.tensor(begin, "int32"), max_new_tokens=3
+    )
+    np.testing.assert_array_equal(library.numpy(got), want.numpy())
+
+
 # --- saving --------------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +288,7 @@ def test_save_pretrained_follows_its_arguments(library, tmp_path, monkeypatch):
     assert bits(fm.load(tmp_path / "other")[0]) == bits(other.params)
     calls = []
     monkeypatch.setattr(fm, "push_to_hub", lambda *args, **options: calls.append((args[2], options)) or "address")
-    model.save_pretrained(tmp_path / "tiny", push_to_hub=True, hub_options={"private": True}, max_shard_size="1MB")
+    model.save_pretrained(tmp_path / "tiny", push_to_hub=True, private=True, max_shard_size="1MB")
     assert model.push_to_hub("me/tiny", create_pr=True, safe_serialization=False) == "address"
     assert calls == [
         ("tiny", {"private": True, "max_shard_size": "1MB"}),
@@ -266,12 +297,16 @@ def test_save_pretrained_follows_its_arguments(library, tmp_path, monkeypatch):
     for error, options in (
         (TypeError, {"save_function": print}),
         (ValueError, {"save_original_format": False}),
+        (ValueError, {"commit_message": "text"}),
         (ValueError, {"safe_serialization": True, "format": "torch"}),
     ):
         with pytest.raises(error, match="save_pretrained"):
             model.save_pretrained(tmp_path / "no", **options)
     with pytest.raises(ValueError, match="push_to_hub"):
         model.push_to_hub("me/tiny", use_temp_dir=False)
+    model.add_adapter({"r": 2, "target_modules": ["c_attn"]}, seed=0)
+    with pytest.raises(ValueError, match="push_to_hub: an adapter"):  # which would be left behind
+        model.push_to_hub("me/tiny")
 
 
 # --- what one library has -------------------------------------------------------------------------------------------------

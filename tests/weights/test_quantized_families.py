@@ -5,6 +5,7 @@ Packing and unpacking here are numpy's, number by number and bit by bit, as Auto
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import fmodels as fm
 from fmodels.arrays import Quantized
+from tests import families
+from tests.families import LANGUAGE
 
 GROUP = 32
 SIZES = {
@@ -169,9 +172,7 @@ def test_family(name, tmp_path):
     torch.manual_seed(0)
     sizes = {key: value for key, value in (SIZES | more).items() if value is not None}
     hf_config = getattr(transformers, f"{kind}Config")(**sizes)
-    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(
-        hf_config, attn_implementation="eager", dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases, too, that would be zeros and ones
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -214,3 +215,54 @@ def test_family(name, tmp_path):
     with torch.no_grad():
         want = reference(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(fm.forward(params, config, TOKENS).logits, want, atol=1e-5)
+
+
+def int8(weight):
+    """compressed-tensors' rows of int8, each with a scale."""
+    scale = np.abs(weight).max(1, keepdims=True).astype(np.float32) / 127
+    codes = np.round(weight / scale).astype(np.int8)
+    return {"weight": codes, "weight_scale": scale}, codes.astype(np.float32) * scale
+
+
+ROWS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+INT8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": ROWS}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LANGUAGE.values() if not name.startswith("gpt2/")]
+)  # no torch.nn.Linear
+def test_every_family(name, tmp_path):
+    """The affine maps in the layers as rows of int8: the values, the bytes, and transformers' logits with those values."""
+    row = families.by_name(name)
+    model = families.build(row)
+    model.save_pretrained(tmp_path / "plain")
+    packed, unpacked = {}, {}
+    for key, tensor in load_file(tmp_path / "plain" / "model.safetensors").items():
+        packed[key] = unpacked[key] = tensor
+        if (
+            tensor.ndim == 2
+            and re.search(r"\.\d+\..*\.weight$", key)
+            and not re.search(r"(gate|router|norm)\.weight|router", key)
+        ):
+            parts, values = int8(tensor.numpy())
+            packed |= {f"{key.removesuffix('.weight')}.{part}": torch.tensor(a) for part, a in parts.items()}
+            unpacked[key] = torch.tensor(values)
+    assert len(packed) > len(unpacked)
+    shutil.copytree(tmp_path / "plain", tmp_path / "coded")
+    save_file(packed, tmp_path / "coded" / "model.safetensors", {"format": "pt"})
+    save_file(unpacked, tmp_path / "plain" / "model.safetensors", {"format": "pt"})
+    data = json.loads((tmp_path / "coded" / "config.json").read_text())
+    (tmp_path / "coded" / "config.json").write_text(json.dumps({**data, "quantization_config": INT8}))
+
+    params, config = fm.load(tmp_path / "coded")
+    assert any(isinstance(leaf, Quantized) for leaf in fm.tree.flatten(params).values())
+    fm.save(params, config, tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "coded")
+    reference = type(model).from_pretrained(tmp_path / "plain", attn_implementation="eager").eval()
+    loaded = families.Loaded(row, reference, tmp_path / "plain", params, config)
+    want = {"logits": loaded.reference("right")["logits"]}
+    got = loaded.forward("right", hidden_states=False, attentions=False)
+    families.assert_equal(got, want, **loaded.masks("right"), causal=row.causal)

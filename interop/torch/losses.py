@@ -1,0 +1,102 @@
+"""The losses that transformers' models compute of labels, of what `TorchModel` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from interop.torch.arrays import kind_of
+
+IGNORED = -100
+"""The label of a place that does not count."""
+
+LABELS = {
+    "pretraining": {"labels", "next_sentence_label", "sentence_order_label"},
+    "question-answering": {"start_positions", "end_positions"},
+    "base": set[str](),
+    "encoder": set[str](),
+}
+"""Task -> names of its labels; of the others it is `labels`."""
+
+
+def check_labels(config: Any, labels: Mapping[str, Any]) -> None:
+    """Raises a TypeError for labels that the task has not, or that are no tensors."""
+    known = LABELS.get(config.task, {"labels"})
+    if odd := sorted(labels.keys() - known):
+        has = f"takes {', '.join(sorted(known))}" if known else "has no labels"
+        raise TypeError(f"TorchModel: {config.model_type} of task {config.task!r} {has}; got {', '.join(odd)}")
+    if odd := [f"{name} {kind_of(label)}" for name, label in labels.items() if not isinstance(label, Tensor)]:
+        raise TypeError(f"TorchModel: labels must be torch.Tensors, got {', '.join(odd)}; use torch.tensor(…)")
+
+
+def shifted_right(config: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads that shall say `labels`: all but the last, after the token that starts it.
+
+    Raises:
+        ValueError: labels that do not count, and no pad token to be read in their place.
+    """
+    tokens = labels.new_full(labels.shape, config.decoder_start_token_id)
+    tokens[..., 1:] = labels[..., :-1]
+    ignored = tokens == IGNORED
+    if config.pad_token_id is None and bool(ignored.any()):
+        raise ValueError(
+            f"TorchModel: labels hold {IGNORED}, and the config has no pad_token_id for the decoder to read there; pass "
+            "decoder_tokens="
+        )
+    return tokens if config.pad_token_id is None else tokens.masked_fill(ignored, config.pad_token_id)
+
+
+def loss_of(
+    config: Any, logits: Tensor, sequence_logits: Tensor | None, labels: Mapping[str, Tensor], mask: Tensor | None
+) -> Tensor:
+    """The loss: the mean over the places that count.
+
+    Args:
+        config: whose task says which.
+        logits: of the model, as the others.
+        sequence_logits: those of the second head.
+        labels: by their names, which `check_labels` has seen.
+        mask: `(b t)` of the tokens.
+
+    Source: the models and `loss/loss_utils.py` of transformers 5.
+    """
+    match config.task:
+        case "causal-lm" | "double-heads" if config.model_type != "bart":
+            return _cross_entropy(logits[..., :-1, :], labels["labels"][..., 1:])
+        case "pretraining":
+            order = labels.get("next_sentence_label", labels.get("sentence_order_label"))
+            if sequence_logits is None or order is None or "labels" not in labels:
+                raise TypeError(
+                    "TorchModel: a loss of pretraining needs labels, and next_sentence_label or sentence_order_label"
+                )
+            return _cross_entropy(logits, labels["labels"]) + _cross_entropy(sequence_logits, order)
+        case "question-answering":
+            if len(labels) < 2:
+                raise TypeError("TorchModel: a loss of question answering needs start_positions and end_positions")
+            length = logits.shape[-2]  # what is cut off does not count
+            ends = [labels[name].clamp(0, length) for name in ("start_positions", "end_positions")]
+            return (
+                _cross_entropy(logits[..., 0], ends[0], length) + _cross_entropy(logits[..., 1], ends[1], length)
+            ) / 2
+        case "replaced-token-detection":
+            each = functional.binary_cross_entropy_with_logits(logits, labels["labels"].float(), reduction="none")
+            return each.mean() if mask is None else each[mask == 1].mean()
+        case "sequence-classification" if logits.shape[-1] == 1:
+            return functional.mse_loss(logits.squeeze(-1), labels["labels"].squeeze().float())
+        case "sequence-classification" if labels["labels"].is_floating_point():
+            return functional.binary_cross_entropy_with_logits(logits, labels["labels"].float())
+        case _:
+            return _cross_entropy(logits, labels["labels"])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
+    if labels.numel() != logits[..., 0].numel():
+        raise ValueError(
+            f"TorchModel: labels are {tuple(labels.shape)}, for logits {tuple(logits.shape)}; expected one each"
+        )
+    rows = logits.reshape(-1, logits.shape[-1])
+    return functional.cross_entropy(rows, labels.reshape(-1).to(torch.int64), ignore_index=ignored)
