@@ -18,7 +18,7 @@ from jax.core import Tracer
 from fmodels import hub, tree
 from fmodels.adapter_config import ALL_LINEAR, AdapterConfig
 from fmodels.adapter_parts import LINEAR, PREFIX, TABLE, Base, Role, model, roles
-from fmodels.arrays import LowRank
+from fmodels.low_rank import LowRank
 from fmodels.models import Config
 from fmodels.transforms import _leaves
 from fmodels.transforms.adapters import Factors, low_rank

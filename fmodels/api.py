@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fmodels import schema, tree
-from fmodels.arrays import check_rows
+from fmodels.low_rank import check_rows
 from fmodels.models import Config, family
 from fmodels.nn import kernels
 from fmodels.nn.experts import check_how, explained

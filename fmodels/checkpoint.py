@@ -162,7 +162,8 @@ def load(
         key: random key for a new head.
         dequantize: whether quantised weights become the arrays that they stand for. If False they are leaves that are
             expanded where they are used and are saved as they are: those of a quantised checkpoint, and q8_0 and q4_0 of a
-            GGUF file. None: GGUF files are dequantised, others are not. `fm.dequantize` does it later.
+            GGUF file, fused and transposed matrices too. None: GGUF files are dequantised, others are not. `fm.dequantize`
+            does it later.
         revision: branch, tag or commit on the Hub.
         subfolder: of the source.
         variant: as in `model.<variant>.safetensors`, or a part of the name of a GGUF file.
@@ -278,7 +279,7 @@ def save(
 
     All or nothing: whatever happens, the folder holds the whole old checkpoint or the whole new one. Files that `save`
     did not make (the tokenizer, a README) stay; shards of an older save go. A GGUF file gets the tokenizer of a tokenizer.json
-    that is there.
+    or tokenizer.model that is there.
 
     Args:
         params: the tree, stacked or a tuple of layers.
@@ -308,10 +309,11 @@ def save(
     needed = quantized.dialects_of(params)
     if "pt" not in needed:
         config = dataclasses.replace(config, quantization=None)
+    able = next((name for name, kind in FORMATS.items() if kind.dialect in needed), format)
     if needed - {FORMATS[format].dialect} or ("pt" in needed and config.quantization is None):
         raise ValueError(
             f"save: the tree has quantised leaves, which format {format!r} or a config without quantization cannot hold; "
-            f'save with the config that load gave, as "{"gguf" if "gguf" in needed else "safetensors"}", or use fm.dequantize(params) first'
+            f'save with the config that load gave, as "{able}", or use fm.dequantize(params) first'
         )
     numbers, type = dtype_and_type("save", dtype, format)
     if "pt" in needed and numbers is not None:
@@ -353,7 +355,7 @@ def as_written(
         files["generation_config.json"] = _json(config.generation.to_hf())
     names = FORMATS[format].dialect
     metadata = dialects.metadata_of(config, names, metadata, folder)
-    if names != "gguf":  # no other has its blocks
+    if not FORMATS[format].blocks:
         tensors = {name: computed(tensor) if isinstance(tensor, Blocks) else tensor for name, tensor in tensors.items()}
     return dialects.write(tensors, config, names), metadata, files
 

@@ -275,7 +275,7 @@ def to_disk(params: Params, config: Config, *, tied: bool = False, module: bool 
     for name, (place, source) in weights.sources(config, flat.__contains__).items():
         where = source if stacked or place.layer is None else place.leaves(stacked=False)
         if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
-            parts = quantized.split(name, leaf, place.position(stacked=stacked))
+            parts = quantized.split(place.rule, name, leaf, place.position(stacked=stacked))
             tensors |= {part: tensor.array() for part, tensor in parts.items()}
             continue
         leaves = {path: place.part(flat[where[path]], stacked=stacked) for path in place.rule.leaves}

@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from fmodels import programs
-from fmodels.arrays import check_rows
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.options import Processor
 from fmodels.generation.sample import Predicate
 from fmodels.generation.sampling import row_keys
+from fmodels.low_rank import check_rows
 from fmodels.models import Config
 from fmodels.prepare import Call, bucket, prepare
 from fmodels.programs import Inputs

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmodels import schema, strategies
-from fmodels.arrays import check_rows
 from fmodels.generation import constraints
 from fmodels.generation.config import GenerationConfig
 from fmodels.generation.history import Automata
@@ -18,6 +17,7 @@ from fmodels.generation.options import Options, Processor, build
 from fmodels.generation.sample import Ask, Predicate
 from fmodels.generation.synthid import SynthID
 from fmodels.generation.watermark import Watermark, settings
+from fmodels.low_rank import check_rows
 from fmodels.models import Config
 from fmodels.nn.experts import check_how
 from fmodels.nn.kernels import check as check_kernel

@@ -6,14 +6,23 @@ llama.cpp, apart from what `fmodels` does.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+import fmodels as fm
+from fmodels.models import family
+from fmodels.nn import linear
+from fmodels.types import Params
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe",
@@ -165,3 +174,32 @@ def llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
     found = 1 / ((1 - smooth) / factor + smooth)
     found = torch.where(waves < original / high, 1.0, torch.where(waves > original / low, factor, found))
     return found.to(torch.float32).numpy()
+
+
+def drawn(name: str, architecture: str, row: dict[str, Any]) -> tuple[Params, Any]:
+    """A model whose numbers numpy draws, the same ones on all machines, of a row of `tests.test_gguf.ROWS`."""
+    kind = name.split("/")[0]
+    config = family(kind).config.from_hf({**row, "model_type": kind, "architectures": [architecture]})
+    rng = np.random.default_rng(0)
+    leaves = fm.tree.flatten(fm.abstract(config))
+    flat = {
+        path: rng.normal(1.0 if path.endswith("scale") else 0.0, 0.3, leaves[path].shape).astype(np.float32)
+        for path in sorted(leaves)
+    }
+    return fm.tree.unflatten(flat), config
+
+
+@contextlib.contextmanager
+def gelu_of_float16() -> Iterator[None]:
+    """GELU as llama.cpp has it on CPUs: by tanh for all models, from a table of float16."""
+
+    def gelu(x: jax.Array) -> jax.Array:
+        half = jax.nn.gelu(x.astype(jnp.float16).astype(jnp.float32), approximate=True).astype(jnp.float16)
+        return jnp.where(jnp.abs(x) < 10, half.astype(jnp.float32), jnp.maximum(x, 0))
+
+    own = {name: known for name, known in linear.ACTIVATIONS.items() if name.startswith("gelu")}
+    linear.ACTIVATIONS.update(dict.fromkeys(own, gelu))
+    try:
+        yield
+    finally:
+        linear.ACTIVATIONS.update(own)

@@ -36,7 +36,7 @@ ROWS = {
     "mixtral": ("MixtralForCausalLM", MIXTRAL),
     "qwen2": ("Qwen2ForCausalLM", SMALL | {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", QWEN2_MOE | {"head_dim": 6}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", QWEN2_MOE | {"head_dim": 4}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", QWEN_MOE | {"norm_topk_prob": True}),
     "gemma": ("GemmaForCausalLM", LLAMA),
     "gemma2": ("Gemma2ForCausalLM", GEMMA2 | {"query_pre_attn_scalar": 10, "attn_logit_softcapping": 1.5}),
@@ -51,8 +51,11 @@ ROWS = {
     "falcon": ("FalconForCausalLM", FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}),
     "falcon/one-key": ("FalconForCausalLM", FALCON),
     "bloom": ("BloomForCausalLM", BLOOM),
-    "olmo2": ("Olmo2ForCausalLM", LLAMA),
-    "cohere": ("CohereForCausalLM", LLAMA | {"use_qk_norm": True, "logit_scale": 0.3}),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA | {"head_dim": 4}),
+    "cohere": ("CohereForCausalLM", LLAMA | {"logit_scale": 0.3, "head_dim": 4}),
+    "cohere/norms": (
+        "CohereForCausalLM", LLAMA | {"use_qk_norm": True, "logit_scale": 0.3, "head_dim": 4, "num_hidden_layers": 64},
+    ),
     "granite": ("GraniteForCausalLM", GRANITE | {"attention_bias": True}),
     "smollm3": ("SmolLM3ForCausalLM", LLAMA | {"num_hidden_layers": 4}),
 }  # fmt: skip
@@ -223,6 +226,18 @@ def test_quantised_files(rows, tmp_path):
     )
 
 
+def test_axes_of_one(rows, tmp_path):
+    """llama.cpp's converter has written the gate of Qwen2's shared expert with and without one."""
+    loaded, path = rows("qwen2_moe")
+    tensors, metadata = ours.read(path)
+    name = "blk.0.ffn_gate_inp_shexp.weight"
+    assert tensors[name].shape == (24,)
+    one = Tensor.lazy(name, np.float32, (1, 24), lambda: tensors[name].array()[None])
+    ours.write(tmp_path / "x.gguf", {**tensors, name: one}, metadata)
+    own, theirs = flat(fm.load(tmp_path / "x.gguf")[0]), flat(loaded.params)
+    assert all(same(array, theirs[leaf]) for leaf, array in own.items())
+
+
 def test_tokenizer_is_kept(rows, tmp_path):
     loaded, path = rows("llama")
     tensors, metadata = ours.read(path)
@@ -244,6 +259,7 @@ def test_tokenizer_is_kept(rows, tmp_path):
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen3_moe", {"renormalise": False}, "renormalise"),
         ("qwen2_moe", {"mlp_only_layers": (0,)}, "mlp_only_layers"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm: True, llama.cpp has False"),
         ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings"),
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar"),
         ("gemma2", {"attention_cap": None}, "attention_cap"),
@@ -254,6 +270,7 @@ def test_tokenizer_is_kept(rows, tmp_path):
         ("gpt2", {"scale_attention": False}, "scale_attention"),
         ("llama", {"eos_token_id": (1, 2, 3, 4)}, "eos_token_id"),
         ("llama", {"rope": Rope(type="dynamic", factor=2.0)}, "rotary settings"),
+        ("qwen2", {"head_dim": 64}, "key_length=64 of 32 heads must make embedding_length=4096"),
         ("llama", {"task": "base"}, "task='causal-lm'"),
         ("gptj", {}, "model_type 'gptj' is not supported in GGUF"),
     ],

@@ -13,13 +13,18 @@ from fmodels.arrays import Quantized
 from fmodels.checkpoint import disk_tensors
 from fmodels.dialects import gguf as dialect
 from tests import families, gguf_files
-from tests.families import LLAMA, MIXTRAL, SMALL
+from tests.families import BLOOM, FALCON, GPT2, LLAMA, MIXTRAL, NEOX, SMALL
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 61}
+FEW = {"hidden_size": 64, "ffn_hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROWS = {
     "llama": ("LlamaForCausalLM", LLAMA | WIDE | {"num_attention_heads": 4, "head_dim": 16}),
     "qwen2": ("Qwen2ForCausalLM", SMALL | WIDE | {"tie_word_embeddings": True}),
     "phi3": ("Phi3ForCausalLM", SMALL | WIDE | {"sliding_window": None}),
+    "bloom": ("BloomForCausalLM", BLOOM | {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": ("GPTNeoXForCausalLM", NEOX | WIDE | {"num_attention_heads": 4}),
+    "falcon": ("FalconForCausalLM", FALCON | FEW | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "gpt2": ("GPT2LMHeadModel", GPT2 | {"n_embd": 64, "n_inner": 96, "n_layer": 2}),
     "mixtral": ("MixtralForCausalLM", MIXTRAL | WIDE | {"num_attention_heads": 4, "head_dim": 16, "num_local_experts": 3}),
 }  # fmt: skip
 
@@ -34,7 +39,7 @@ def rows(tmp_path_factory):
         path = loaded.folder / f"{kind}.gguf"
         if not path.exists():
             tensors = gguf_files.convert(loaded.model, loaded.folder)
-            named = [n for n, a in tensors.items() if a.ndim > 1 and "gate_inp" not in n]
+            named = [n for n, a in tensors.items() if a.ndim > 1 and "gate_inp" not in n and "position" not in n]
             gguf_files.write(path, loaded.model, tensors, dict.fromkeys(named, kind))
         return loaded, path
 
@@ -52,7 +57,18 @@ def contents(path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "q8_0"), ("llama", "q4_0"), ("qwen2", "q4_0"), ("phi3", "q8_0"), ("mixtral", "q4_0")],
+    [
+        ("llama", "q8_0"),
+        ("llama", "q4_0"),
+        ("qwen2", "q4_0"),
+        ("phi3", "q8_0"),
+        ("mixtral", "q4_0"),
+        ("bloom", "q8_0"),
+        ("gpt_neox", "q4_0"),
+        ("falcon", "q8_0"),
+        ("gpt2", "q8_0"),
+        ("gpt2", "q4_0"),
+    ],
 )
 def test_kept(name, kind, rows, tmp_path):
     loaded, path = rows(name, kind)
@@ -62,7 +78,8 @@ def test_kept(name, kind, rows, tmp_path):
     assert not any(map(is_kept, fm.tree.flatten(plain).values()))
     leaves = fm.tree.flatten(params)
     assert all(
-        is_kept(leaf) == ("norm" not in at and "router" not in at and "bias" not in at) for at, leaf in leaves.items()
+        is_kept(leaf) == (not any(word in at for word in ("norm", "router", "bias", "positions")))
+        for at, leaf in leaves.items()
     )
     size = {"q8_0": 34, "q4_0": 18}[kind]
     assert leaves["layers.attention.output.weight"].nbytes == 2 * 64 * 64 // 32 * size

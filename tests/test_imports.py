@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {
-    **dict.fromkeys(["types", "schema", "tree", "arrays", "codecs"], 0),
+    **dict.fromkeys(["types", "schema", "tree", "arrays", "codecs", "low_rank"], 0),
     **dict.fromkeys(["nn", "weights"], 1),
     **dict.fromkeys(["models", "transforms", "generation"], 2),
 }

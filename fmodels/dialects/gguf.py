@@ -2,7 +2,7 @@
 
 Names follow from the leaf that a family's rule names, and a rule's tensor lies in GGUF as its leaf does, output axes first;
 so GPT-2's weights are transposed, and tensors that have queries, keys and values of each head side by side get all queries
-first. What else differs:
+first; blocks of quantised matrices lie along input axes and stay whole in both. What else differs:
 
 * in `llama` and what derives from it, the rows of queries and keys are ordered for rotary pairs that lie side by side;
 * the scales of Gemma's norms have 1 added, in float32, and are rounded to multiples of 2⁻²⁴ or so by that: those of bfloat16
@@ -27,11 +27,11 @@ from fmodels.dialects.gguf_config import config_from_gguf, metadata
 from fmodels.dialects.gguf_config import config_from_gguf as config
 from fmodels.dialects.gguf_names import Source, name_at, sources
 from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
-from fmodels.dialects.gguf_tokenizer import tokenizer_metadata
+from fmodels.dialects.gguf_tokenizer import has_tokenizer, tokenizer_metadata
 from fmodels.models import Config, family
 from fmodels.weights import Tensor, ggml, rules
-from fmodels.weights.ggml import Blocks
-from fmodels.weights.rules import Place
+from fmodels.weights.ggml import Blocks, Turned
+from fmodels.weights.rules import Place, Rule
 from fmodels.weights.tensors import cast, listing
 
 __all__ = ["config", "config_from_gguf", "metadata", "read", "with_tokenizer", "write"]
@@ -40,16 +40,16 @@ logger = logging.getLogger("fmodels")
 
 
 def with_tokenizer(given: Mapping[str, Any], folder: Path, config: Config) -> dict[str, Any]:
-    """The metadata of a file, with those of the folder's tokenizer.json if they have no tokenizer.
+    """The metadata of a file, with those of the folder's tokenizer if they have none.
 
     A tokenizer that llama.cpp has not, or that is not written yet, is left out with a warning that says why.
     """
-    if "tokenizer.ggml.tokens" in given or not (folder / "tokenizer.json").is_file():
+    if "tokenizer.ggml.tokens" in given or not has_tokenizer(folder):
         return dict(given)
     try:
         return {**tokenizer_metadata(folder, config.vocab_size), **given}
     except ValueError as error:
-        logger.warning("write: the GGUF file has no tokenizer, as of tokenizer.json: %s", error)
+        logger.warning("write: the GGUF file has no tokenizer, as of the one in %r: %s", str(folder), error)
         return dict(given)
 
 
@@ -62,6 +62,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     weights = family(config).weights
     found: dict[str, Tensor] = {}
     used: set[str] = {name for name in tensors if is_factor_tensor(name, config)}
+    fitting: dict[str, Tensor] = {}
     problems: list[str] = []
     for name, place in {**weights.places_of_other_tasks(config), **weights.places(config)}.items():
         held = sources(place.rule, config)
@@ -73,16 +74,27 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         for source, n in zip(held, names, strict=True):
             want = rules.disk_shape(source.rule, size)
             want = want if place.number is None else (size[place.rule.numbered], *want)
-            if tensors[n].shape != want and place.number in (None, 0):
+            if (one := _with_axes(tensors[n], want)) is not None:
+                fitting[n] = one
+            elif place.number in (None, 0):
                 problems.append(f"{n!r} has shape {list(tensors[n].shape)}, expected {list(want)}")
         if not problems:
-            parts = {n: tensors[n] if place.number is None else ggml.part(tensors[n], place.number) for n in names}
+            parts = {n: fitting[n] if place.number is None else ggml.part(fitting[n], place.number) for n in names}
             found[name] = _to_torch(name, place, held, parts, config)
     if problems:
         raise ValueError(
             f"load: {len(problems)} tensors of the GGUF file do not fit its metadata:\n  {listing(problems, sep='; ')}"
         )
     return {**found, **{name: tensor for name, tensor in tensors.items() if name not in used}}
+
+
+def _with_axes(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor if it has the shape but for axes of 1, which llama.cpp does not tell apart; Qwen2's gates have come with one."""
+    if tensor.shape == shape or [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+        return tensor if tensor.shape == shape else None
+    if isinstance(tensor, Blocks):
+        return None
+    return dataclasses.replace(tensor, shape=shape, get=lambda: tensor.array().reshape(shape))
 
 
 def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
@@ -139,13 +151,11 @@ def _to_torch(name: str, place: Place, held: list[Source], parts: Mapping[str, T
     """The tensor of PyTorch's from those of GGUF."""
     size, rule = place.sizes(config), place.rule
     straight = [_straight(source, part, size, back=True) for source, part in zip(held, parts.values(), strict=True)]
-    if len(straight) == 1 and held[0].rule.layouts == rule.layouts and rule.within is None:
-        found = dataclasses.replace(straight[0], name=name)
-        return (
-            Moved(name, found.dtype, found.shape, found.get, origin=parts, kind=type(config))
-            if held[0].shifted
-            else found
-        )
+    if (moved := _in_other_order(held[0].rule, straight[0], rule, size)) is not None:
+        found = dataclasses.replace(moved, name=name)
+        if not held[0].shifted:
+            return found
+        return Moved(name, found.dtype, found.shape, found.get, origin=parts, kind=type(config))
     dtype = _common(straight)
 
     def get() -> np.ndarray:
@@ -162,15 +172,37 @@ def _from_torch(name: str, place: Place, source: Source, tensor: Tensor, config:
     if isinstance(tensor, Moved) and name in tensor.origin and tensor.kind is type(config):
         return tensor.origin[name]
     size, rule = place.sizes(config), place.rule
-    if source.rule.leaves == rule.leaves and source.rule.layouts == rule.layouts and rule.within is None:
-        return _straight(source, dataclasses.replace(tensor, name=name), size, back=False)
+    moved = _in_other_order(rule, tensor, source.rule, size)
+    if moved is None:
 
-    def get() -> np.ndarray:
-        leaves = rules.from_disk(rule, tensor.array(), size)
-        return rules.to_disk(source.rule, leaves, np.concatenate)
+        def get() -> np.ndarray:
+            leaves = rules.from_disk(rule, tensor.array(), size)
+            return rules.to_disk(source.rule, leaves, np.concatenate)
 
-    moved = Tensor.lazy(name, tensor.dtype, rules.disk_shape(source.rule, size), get)
-    return _straight(source, moved, size, back=False)
+        moved = Tensor.lazy(name, tensor.dtype, rules.disk_shape(source.rule, size), get)
+    return _straight(source, dataclasses.replace(moved, name=name), size, back=False)
+
+
+def _in_other_order(given: Rule, tensor: Tensor, wanted: Rule, size: Mapping[str, int]) -> Tensor | None:
+    """A tensor of one rule as that of another where both hold the same leaves, quantised as before; None if they do not.
+
+    That is so as long as blocks stay whole, which lie along input axes: where rows change places, and where a matrix is
+    turned as a whole.
+    """
+    if given.leaves != wanted.leaves:
+        return None
+    if given.layouts == wanted.layouts:
+        if given.within == wanted.within:
+            return tensor
+
+        def change(array: np.ndarray) -> np.ndarray:
+            own = dict(size) | dict.fromkeys(given.layouts[0][1:], int(array.shape[-1]))  # inputs, or bytes of them
+            return rules.to_disk(wanted, rules.from_disk(given, array, own), np.concatenate)
+
+        return ggml.rows(tensor, change)
+    if isinstance(tensor, Turned):
+        return tensor.blocks
+    return Turned.of(tensor.name, tensor) if isinstance(tensor, Blocks) and rules.is_turned(wanted) else None
 
 
 def _straight(source: Source, tensor: Tensor, size: Mapping[str, int], *, back: bool) -> Tensor:

@@ -170,6 +170,11 @@ class _Reader:
         found["head_dim"] = self.size("attention.key_length", max(hidden // heads, 1))
         if self.size("attention.value_length", found["head_dim"]) != found["head_dim"]:
             self.problems.append(f"{self.prefix}attention.value_length is not that of keys, which is not supported")
+        if own.square and found["head_dim"] * heads != hidden:
+            self.problems.append(
+                f"{self.prefix}attention.key_length={found['head_dim']} of {heads} heads must make "
+                f"embedding_length={hidden} together, as llama.cpp has them"
+            )
         if self.get(_epsilon(kind)) is None:
             self.problems.append(f"{self.prefix}{_epsilon(kind)} is missing")
         found["norm_eps"] = self.real(_epsilon(kind), 1e-6)
@@ -321,11 +326,13 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
             f"{config.model_type} model:\n  " + "\n  ".join(differences) + "\nSave it in another format."
         )
     kept = {key: value for key, value in (given or {}).items() if not key.startswith(f"{own.architecture}.")}
+    first = {"general.alignment"}  # what `given` knows better: where a tokenizer puts a start token, it is its own
+    first |= {TOKENS["bos_token_id"]} if kept.get("tokenizer.ggml.add_bos_token") else set()
     return {
         **found,
         "tokenizer.ggml.model": "none",
         **kept,
-        **{key: v for key, v in found.items() if key != "general.alignment"},
+        **{key: value for key, value in found.items() if key not in kept.keys() & first},
     }
 
 

@@ -1,10 +1,11 @@
-"""The tokenizer of a checkpoint's folder as metadata of a GGUF file: byte-level BPE of a tokenizer.json.
+"""The tokenizer of a checkpoint's folder as metadata of a GGUF file.
 
-llama.cpp has the pre-tokenizers built in, under names; here they are known by what tokenizer.json says of them, not by what a
-text becomes, so that new vocabularies have them, too.
+The pieces come from a tokenizer.json of byte-level BPE, else from a `tokenizer.model` of SentencePiece, else from a
+tokenizer.json that has been made of one; tokens that were added come from tokenizer.json, or from added_tokens.json and
+tokenizer_config.json. WordPiece is not written: no family here that llama.cpp has uses it.
 
-Source: conversion/base.py (`get_vocab_base`) and src/llama-vocab.cpp of llama.cpp, and gguf-py's `SpecialVocab`. Where a
-tokenizer adds no start token, `add_bos_token` says so, as llama.cpp adds one in some of these by itself.
+Source: conversion/base.py of llama.cpp, and gguf-py's `SpecialVocab`. Whether a tokenizer adds start and end tokens is always
+said where it is known, as llama.cpp adds some by itself.
 """
 
 from __future__ import annotations
@@ -15,27 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from fmodels.dialects.gguf_byte_level import byte_level, is_byte_level
+from fmodels.dialects.gguf_sentencepiece import SPACE, of_json, of_model
+from fmodels.dialects.gguf_vocabulary import Vocabulary, mapping, mappings, steps
+from fmodels.weights.sentencepiece import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Piece, read_sentencepiece
 from fmodels.weights.tensors import brief, listing, parse_json
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Types of tokens."""
+MODELS = ("tokenizer.model", "spiece.model")
+"""Names of the file of SentencePiece."""
 
-_ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{a}{_LOWER}{b}" for a, b in (("*", "+"), ("+", "*"))]
-_SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-BYTE_LEVEL = "of ByteLevel itself"
-DIGITS = "of ByteLevel itself, digits apart"
-NAMES: Mapping[tuple[str, bool], str] = {
-    (BYTE_LEVEL, False): "gpt-2",
-    (DIGITS, False): "starcoder",
-    (rf"{_WORDS}|\p{{N}}{{1,3}}{_ENDS}", True): "llama-bpe",
-    (rf"{_WORDS}|\p{{N}}{{1,3}}{_ENDS}", False): "dbrx",
-    (rf"{_WORDS}|\p{{N}}{_ENDS}", False): "qwen2",
-    (rf"{'|'.join(_CASED)}|\p{{N}}{_SLASHES}", True): "tekken",
-}
-"""The regular expression by which a text is split, and whether a word in the vocabulary is taken without merges -> name."""
+ADDED = -1000.0
+"""The score of tokens that were added."""
 
 IDS = {
     "bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "sep": "seperator_token_id",
@@ -44,11 +35,16 @@ IDS = {
 """Token in tokenizer_config.json -> key after `tokenizer.ggml.`, spelled as there."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer of which GGUF may have something."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *MODELS))
+
+
 def tokenizer_metadata(folder: Path, size: int) -> dict[str, Any]:
     """What a GGUF file says of the tokenizer in a folder.
 
     Args:
-        folder: with a tokenizer.json, and a tokenizer_config.json and chat template if it has them.
+        folder: with a tokenizer.json or tokenizer.model, and a tokenizer_config.json and chat template if it has them.
         size: rows of the model's embeddings; those without a token get one that is unused.
 
     Raises:
@@ -56,92 +52,84 @@ def tokenizer_metadata(folder: Path, size: int) -> dict[str, Any]:
     """
     tokenizer = _read(folder / "tokenizer.json")
     options = _read(folder / "tokenizer_config.json")
-    model, added = _mapping(tokenizer.get("model")), _mappings(tokenizer.get("added_tokens"))
-    name = pre_tokenizer(tokenizer)
-    vocabulary = model.get("vocab")
-    if not isinstance(vocabulary, dict):
-        raise ValueError(f"its vocabulary is {brief(vocabulary)}, not a map from tokens to numbers")
-    tokens, types = _tokens(vocabulary, added, size)
+    vocabulary = _vocabulary(folder, tokenizer)
+    pieces = _filled(vocabulary, _added(folder, tokenizer, options), size)
     found: dict[str, Any] = {
-        "model": "gpt2", "pre": name, "tokens": tokens, "token_type": np.array(types, np.int32),
-        "merges": [_merge(pair) for pair in _list(model.get("merges"))],
+        "model": vocabulary.model, "pre": vocabulary.pre, "tokens": [piece.text for piece in pieces],
+        "token_type": np.array([piece.type for piece in pieces], np.int32),
     }  # fmt: skip
-    numbers = {str(token.get("content")): token.get("id") for token in added}
-    special = {kind: _content(options.get(f"{kind}_token")) for kind in IDS}
-    for kind, key in IDS.items():
-        if isinstance(number := numbers.get(special[kind] or ""), int):
-            found[key] = np.uint32(number)
-    for kind, token in _surroundings(tokenizer).items():
-        says, added_is_it = options.get(f"add_{kind}_token"), special[kind] in (None, token)
-        found[f"add_{kind}_token"] = np.bool_(says if isinstance(says, bool) else token is not None and added_is_it)
-        if added_is_it and f"{kind}_token_id" not in found and isinstance(number := numbers.get(token or ""), int):
-            found[f"{kind}_token_id"] = np.uint32(number)
+    if vocabulary.scored:
+        found["scores"] = np.array([piece.score for piece in pieces], np.float32)
+    found |= vocabulary.more
+    if vocabulary.scored and isinstance(says := options.get("add_prefix_space"), bool):
+        found["add_space_prefix"] = np.bool_(says)
+    found |= _special(vocabulary, pieces, tokenizer, options)
     return {f"tokenizer.ggml.{key}": value for key, value in found.items()} | _templates(folder, options)
 
 
-def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """The name that llama.cpp has for the pre-tokenizer of a tokenizer.json.
+def _vocabulary(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
+    model = next((folder / name for name in MODELS if (folder / name).is_file()), None)
+    if is_byte_level(tokenizer):
+        return byte_level(tokenizer)
+    return of_json(tokenizer) if model is None else of_model(read_sentencepiece(model))
 
-    Raises:
-        ValueError: it has none, or the tokenizer is not byte-level BPE.
 
-    Example:
-        >>> byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        >>> pre_tokenizer({"model": {"type": "BPE"}, "pre_tokenizer": byte_level})
-        'gpt-2'
-    """
-    model, pre = _mapping(tokenizer.get("model")), _mapping(tokenizer.get("pre_tokenizer"))
-    steps = _mappings(pre.get("pretokenizers")) if pre.get("type") == "Sequence" else [pre]
-    last = steps[-1] if steps else {}
-    unusual = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    if model.get("type", "BPE") != "BPE" or last.get("type") != "ByteLevel" or model.get("byte_fallback") or unusual:
-        raise ValueError(
-            f"it is {brief(model.get('type'))} with the pre-tokenizer {brief(pre)}; only byte-level BPE is written"
-        )
-    normalizer = tokenizer.get("normalizer")
-    if normalizer is not None and _mapping(normalizer).get("type") != "NFC":  # which llama.cpp leaves out
-        raise ValueError(f"its normalizer {brief(normalizer)} is not in llama.cpp")
-    split = _split_of(steps[:-1], own=last.get("use_regex", True))
-    found = NAMES.get((split or "", bool(model.get("ignore_merges"))))
-    if found is None or last.get("add_prefix_space", True):
-        how = ", ignore_merges" if model.get("ignore_merges") else ""
-        raise ValueError(f"its pre-tokenizer has no known name in llama.cpp: {brief(pre, 300)}{how}")
+def _added(folder: Path, tokenizer: Mapping[str, Any], options: Mapping[str, Any]) -> dict[int, Piece]:
+    """Number -> token, of those that were added to a vocabulary, or that have another meaning than it says."""
+    if tokenizer:
+        entries = [(token.get("id"), token) for token in mappings(tokenizer.get("added_tokens"))]
+    else:
+        beside = _read(folder / "added_tokens.json")
+        entries = [(number, {"content": text}) for text, number in beside.items()]
+        decoder = mapping(options.get("added_tokens_decoder")).items()
+        entries += [(int(number) if number.isdecimal() else number, mapping(token)) for number, token in decoder]
+    found: dict[int, Piece] = {}
+    for number, token in entries:
+        text = str(token.get("content"))
+        if type(number) is not int:
+            raise ValueError(f"its added token {text!r} is {brief(number)}, no number")
+        control = token.get("special") or _looks_special(text)
+        kind = CONTROL if control else USER_DEFINED
+        found[number] = Piece(text if control else text.replace(SPACE, " "), kind, ADDED)
     return found
 
 
-def _split_of(steps: Sequence[Mapping[str, Any]], *, own: bool) -> str | None:
-    """The regular expression, or the words for it, of what comes before ByteLevel, which may have one of its `own`."""
-    kinds = [step.get("type") for step in steps]
-    if not kinds:
-        return BYTE_LEVEL if own else None
-    if kinds == ["Digits"]:
-        return DIGITS if own and steps[0].get("individual_digits") else None
-    if kinds != ["Split"] or own or steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-        return None
-    return _mapping(steps[0].get("pattern")).get("Regex")
-
-
-def _tokens(
-    vocabulary: Mapping[str, Any], added: Sequence[Mapping[str, Any]], size: int
-) -> tuple[list[str], list[int]]:
-    """The tokens in their order, and their types."""
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [UNUSED] * size
-    named = [(text, number, NORMAL) for text, number in vocabulary.items()]
-    for token in added:
-        text, control = str(token.get("content")), bool(token.get("special"))
-        kind = CONTROL if control or _looks_special(text) else USER_DEFINED
-        named.append((text if kind == CONTROL else text.replace("\u2581", " "), token.get("id"), kind))
-    outside = [f"{text!r} is {brief(number)}" for text, number, _ in named if not _is_in(number, size)]
+def _filled(vocabulary: Vocabulary, added: Mapping[int, Piece], size: int) -> list[Piece]:
+    """The tokens of all rows; the unknown token stays what it is, whatever it was added as."""
+    pieces = [Piece(f"[PAD{i}]", UNUSED, 10 * ADDED) for i in range(size)]
+    kept = {number for number, piece in vocabulary.pieces.items() if piece.type == UNKNOWN}
+    named = {**vocabulary.pieces, **{n: piece for n, piece in added.items() if n not in kept}}
+    outside = [f"{piece.text!r} is {number}" for number, piece in named.items() if not 0 <= number < size]
     if outside:
         raise ValueError(f"the model has {size} tokens, but {listing(outside, 5)}")
-    for text, number, kind in named:
-        tokens[number], types[number] = text, kind
-    return tokens, types
+    for number, piece in named.items():
+        pieces[number] = piece
+    owner: dict[str, int] = {}
+    twice = [f"{p.text!r} is {owner[p.text]} and {n}" for n, p in enumerate(pieces) if owner.setdefault(p.text, n) != n]
+    if twice:
+        raise ValueError(f"{len(twice)} tokens are there twice, which llama.cpp does not have: {listing(twice, 5)}")
+    return pieces
 
 
-def _is_in(number: Any, size: int) -> bool:
-    return type(number) is int and 0 <= number < size
+def _special(
+    vocabulary: Vocabulary, pieces: Sequence[Piece], tokenizer: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The numbers of the tokens with a meaning, and whether they are put around a text."""
+    numbers = {piece.text: number for number, piece in enumerate(pieces)}
+    special = {kind: _content(options.get(f"{kind}_token")) for kind in IDS}
+    found: dict[str, Any] = {}
+    for kind, key in IDS.items():
+        number = numbers.get(special[kind] or "", vocabulary.special.get(kind))
+        if number is not None:
+            found[key] = np.uint32(number)
+    for kind, token in _surroundings(tokenizer).items():
+        says, added_is_it = options.get(f"add_{kind}_token"), special[kind] in (None, token)
+        if isinstance(says, bool) or tokenizer:  # else llama.cpp knows what is usual
+            known = says if isinstance(says, bool) else token is not None and added_is_it
+            found[f"add_{kind}_token"] = np.bool_(known)
+        if added_is_it and token in numbers:
+            found[f"{kind}_token_id"] = np.uint32(numbers[token])
+    return found
 
 
 def _looks_special(text: str) -> bool:
@@ -152,21 +140,11 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _merge(pair: Any) -> str:
-    """Two parts with a space between; a space in them is written as a byte."""
-    if isinstance(pair, str):
-        return pair
-    if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-        raise ValueError(f"its merge {brief(pair)} is no pair of texts")
-    return " ".join(part.replace(" ", chr(256 + ord(" "))) for part in pair)
-
-
 def _surroundings(tokenizer: Mapping[str, Any]) -> dict[str, str | None]:
     """The tokens that are put before and behind a text."""
-    processor = _mapping(tokenizer.get("post_processor"))
-    inner = _mappings(processor.get("processors")) if processor.get("type") == "Sequence" else [processor]
+    inner = steps(tokenizer.get("post_processor"), "processors")
     template = next((one for one in inner if one.get("type") == "TemplateProcessing"), {})
-    parts = [_mapping(part.get("SpecialToken")).get("id") for part in _mappings(template.get("single"))]
+    parts = [mapping(part.get("SpecialToken")).get("id") for part in mappings(template.get("single"))]
     return {"bos": parts[0] if len(parts) > 1 else None, "eos": parts[-1] if len(parts) > 1 else None}
 
 
@@ -180,7 +158,7 @@ def _templates(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         given = _read(folder / "chat_template.json").get("chat_template")
     if isinstance(given, str):
         return {"tokenizer.chat_template": given}
-    named = {str(one.get("name")): str(one.get("template")) for one in _mappings(given)}
+    named = {str(one.get("name")): str(one.get("template")) for one in mappings(given)}
     default = named.pop("default", None)
     found: dict[str, Any] = {"tokenizer.chat_templates": list(named)} if named else {}
     found |= {f"tokenizer.chat_template.{name}": template for name, template in named.items()}
@@ -195,15 +173,3 @@ def _content(token: Any) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), f"{path.name!r}") if path.is_file() else {}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [_mapping(one) for one in _list(value)]

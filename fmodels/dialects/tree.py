@@ -44,7 +44,7 @@ def from_leaves(
             continue
         used |= set(where.values())
         if isinstance(leaf := flat[where[place.rule.leaves[0]]], Quantized):
-            found |= quantized.split(name, leaf, place.position(stacked=stacked))
+            found |= quantized.split(place.rule, name, leaf, place.position(stacked=stacked))
             continue
 
         def get(place: Place = place, where: dict[str, str] = where) -> np.ndarray:

@@ -17,6 +17,7 @@ class Gguf:
     Attributes:
         architecture: `general.architecture`.
         permuted: whether the rows of queries and keys are ordered for rotary pairs that lie side by side.
+        square: whether the queries of all heads must be as wide as the model.
         fields: field of the config -> key of the metadata, without the architecture; beyond those that all families have.
         shown: field -> the tensor whose presence says that it is true; a leading `!` for its absence.
         fixed: field -> what llama.cpp computes with, whatever the file says, where that is not the field's default; or a
@@ -27,6 +28,7 @@ class Gguf:
 
     architecture: str
     permuted: bool = False
+    square: bool = False
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any | Callable[[Mapping[str, Any], Has], Any]] = dataclasses.field(default_factory=dict)

@@ -42,7 +42,10 @@ class Config(_decoder.Config):
 
     model_type: ClassVar[str] = "cohere"
     gguf: ClassVar[Gguf | None] = Gguf(
-        "command-r", fields={"logit_scale": "logit_scale"}, shown={"use_qk_norm": "attn_q_norm.weight"}, fixed=TIED
+        "command-r",
+        square=True,
+        fields={"logit_scale": "logit_scale"},
+        fixed=TIED | {"use_qk_norm": lambda fields, has: fields["num_layers"] >= 64},
     )
     norm: ClassVar[str] = "layer"
     parallel: ClassVar[bool] = True

@@ -24,7 +24,7 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 1
 
     model_type: ClassVar[str] = "olmo2"
-    gguf: ClassVar[Gguf | None] = Gguf("olmo2")
+    gguf: ClassVar[Gguf | None] = Gguf("olmo2", square=True)
     joint_norms: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {**_decoder.Config.HF, "attention_bias": "attention_bias"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Olmo2", "sequence-classification")

@@ -35,7 +35,7 @@ class Config(_decoder.Config):
     rope: Rope = Rope(partial_rotary_factor=0.5)
 
     model_type: ClassVar[str] = "phi"
-    gguf: ClassVar[Gguf | None] = Gguf("phi2")
+    gguf: ClassVar[Gguf | None] = Gguf("phi2", square=True)
     norm: ClassVar[str] = "layer"
     parallel: ClassVar[bool] = True
     partial: ClassVar[bool] = True

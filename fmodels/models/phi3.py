@@ -33,9 +33,11 @@ class Config(_decoder.Config):
     pad_token_id: int | None = 32000
 
     model_type: ClassVar[str] = "phi3"
+    # llama.cpp reads the window, says so, and computes without it: texts that are longer than it have other numbers there.
     gguf: ClassVar[Gguf | None] = Gguf(
         "phi3",
         fields=WINDOW | {"original_max_positions": "rope.scaling.original_context_length"},
+        square=True,
         factors=("longrope",),
     )
     partial: ClassVar[bool] = True

@@ -33,7 +33,7 @@ class Config(_decoder.Config):
     attention_bias: bool = True
 
     model_type: ClassVar[str] = "qwen2"
-    gguf: ClassVar[Gguf | None] = Gguf("qwen2")
+    gguf: ClassVar[Gguf | None] = Gguf("qwen2", square=True)
     own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,

@@ -38,6 +38,7 @@ class Config(_mixture.SparseConfig):
         "qwen2moe",
         fields=EXPERTS
         | {"expert_size": "expert_feed_forward_length", "shared_size": "expert_shared_feed_forward_length"},
+        square=True,
     )
     own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {

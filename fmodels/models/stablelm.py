@@ -39,6 +39,7 @@ class Config(_decoder.Config):
     model_type: ClassVar[str] = "stablelm"
     gguf: ClassVar[Gguf | None] = Gguf(
         "stablelm",
+        square=True,
         shown={"attention_bias": "attn_q.bias", "parallel": "!ffn_norm.weight", "qk_norm": "attn_q_norm.weight"},
     )
     own_kv_heads: ClassVar[bool] = True

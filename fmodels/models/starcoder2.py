@@ -34,7 +34,7 @@ class Config(_decoder.Config):
     eos_token_id: int | tuple[int, ...] | None = 50256
 
     model_type: ClassVar[str] = "starcoder2"
-    gguf: ClassVar[Gguf | None] = Gguf("starcoder2", shown=BIASES)
+    gguf: ClassVar[Gguf | None] = Gguf("starcoder2", shown=BIASES, square=True)
     norm: ClassVar[str] = "layer"
     HF: ClassVar[Mapping[str, str]] = {
         **_decoder.Config.HF,

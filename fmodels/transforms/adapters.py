@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from fmodels import tree
-from fmodels.arrays import LowRank, plain
+from fmodels.arrays import plain
+from fmodels.low_rank import LowRank
 from fmodels.types import Array, Params
 
 

@@ -36,6 +36,7 @@ class Format:
         indexed: whether an index then says which tensor is in which; else the first of them stands for all.
         shard_size: of what is written, if nothing else is asked for; None for one file.
         directory: whether it is a folder of files.
+        blocks: whether its tensors may be quantised in blocks (`ggml.Blocks`); else they are written as the arrays.
         types: what a dtype's name asks `of_type(tensors, type)` of the module for, beyond a dtype: blocks, and their arrays.
     """
 
@@ -49,6 +50,7 @@ class Format:
     indexed: bool = True
     shard_size: str | None = "5GB"
     directory: bool = False
+    blocks: bool = False
     types: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -141,6 +143,7 @@ FORMATS: dict[str, Format] = {  # in the order in which a folder is searched: tr
         others=r"(?!.*-(?!00001)\d{5}-of-\d{5}\.gguf$).*\.gguf",
         indexed=False,
         shard_size=None,
+        blocks=True,
         types={"q8_0": "q8_0", "float32": "f32"},
     ),
     "tf-checkpoint": Format(

@@ -146,6 +146,22 @@ class Widened(Tensor):
         return cls(wide.name, dtype, wide.shape, cast(wide, dtype).get, wide=wide)
 
 
+@dataclass(frozen=True, eq=False)
+class Turned(Tensor):
+    """A matrix of which the transpose is quantised, so that its blocks lie along its columns.
+
+    Attributes:
+        blocks: the transpose.
+    """
+
+    blocks: Blocks | None = None
+
+    @classmethod
+    def of(cls, name: str, blocks: Blocks) -> Turned:
+        """The transpose of a matrix."""
+        return cls(name, blocks.dtype, blocks.shape[::-1], lambda: blocks.array().T, blocks=blocks)
+
+
 def part(tensor: Tensor, index: int) -> Tensor:
     """`tensor[index]` along the first axis, without reading, or dequantising, the others."""
     if isinstance(tensor, Blocks) and tensor.packed is not None:

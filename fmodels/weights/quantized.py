@@ -22,7 +22,7 @@ from fmodels.codecs import Ggml
 from fmodels.types import Params
 from fmodels.weights import ggml
 from fmodels.weights.methods import FLOATS, METHODS, Group, Options, Packed, packed_of
-from fmodels.weights.rules import Place, Rule
+from fmodels.weights.rules import Place, Rule, is_turned
 from fmodels.weights.tensors import Tensor, aligned_empty, computed, listing
 
 
@@ -90,14 +90,17 @@ def kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of_blocks(name: str, tensor: Tensor) -> Packed | None:
-    if not isinstance(tensor, ggml.Blocks) or tensor.packed is None or tensor.type not in Ggml.TYPES:
+    held = tensor.blocks if isinstance(tensor, ggml.Turned) else tensor
+    if not isinstance(held, ggml.Blocks) or held.packed is None or held.type not in Ggml.TYPES:
         return None
-    if len(tensor.shape) < 2:
+    if len(held.shape) < 2:
         return None
-    whole, each = tensor.packed, ggml.TYPES[tensor.type].nbytes
+    whole, each = held.packed, ggml.TYPES[held.type].nbytes
     shape = (*whole.shape[:-1], whole.shape[-1] // each, each)
     blocks = dataclasses.replace(whole, shape=shape, get=lambda: whole.array().reshape(shape))
-    return packed_of(name, Ggml(tensor.type), tensor.shape, tensor.dtype, {"blocks": blocks})
+    return packed_of(
+        name, Ggml(held.type), tensor.shape, tensor.dtype, {"blocks": blocks}, turned=isinstance(tensor, ggml.Turned)
+    )
 
 
 def expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,7 +196,7 @@ def _views(rule: Rule, packed: Packed, sizes: Mapping[str, int]) -> Iterator[tup
     """Leaf, its shape in the matrix, and its rows there."""
     offset, along = 0, rule.along
     axes = len(packed.shape)
-    if packed.turned:
+    if packed.turned and len(rule.leaves) > 1:
         along = {axes - 1: axes - 2, axes - 2: axes - 1}.get(along, along)
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         groups = (*groups[:-2], groups[-1], groups[-2]) if packed.turned else groups
@@ -213,11 +216,12 @@ def _views(rule: Rule, packed: Packed, sizes: Mapping[str, int]) -> Iterator[tup
         offset += width
 
 
-def split(name: str, leaf: Quantized, index: tuple[int, ...]) -> dict[str, Tensor]:
+def split(rule: Rule, name: str, leaf: Quantized, index: tuple[int, ...]) -> dict[str, Tensor]:
     """The tensors on disk of a quantised weight.
 
     Args:
-        name: the weight's usual one.
+        rule: the weight's.
+        name: its usual one.
         leaf: one of the leaves that lie in it.
         index: of its layer and expert, as far as they are axes of the leaf.
     """
@@ -226,7 +230,8 @@ def split(name: str, leaf: Quantized, index: tuple[int, ...]) -> dict[str, Tenso
         blocks = leaf.parts["blocks"]
         *rows, count, each = blocks.shape[len(index) :]
         get = functools.partial(_rows_of_blocks, blocks, index)
-        return {name: ggml.Blocks.of(name, codec.type, Tensor.lazy(name, np.uint8, (*rows, count * each), get))}
+        held = ggml.Blocks.of(name, codec.type, Tensor.lazy(name, np.uint8, (*rows, count * each), get))
+        return {name: ggml.Turned.of(name, held) if is_turned(rule) else held}
     found: dict[str, Tensor] = {}
     for part, array in leaf.parts.items():
         if part in codec.derived:

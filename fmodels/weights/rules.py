@@ -103,6 +103,12 @@ def is_same_order(rule: Rule) -> bool:
     return order == tuple(range(len(order)))
 
 
+def is_turned(rule: Rule) -> bool:
+    """True if the tensor on disk is a matrix with its leaves' input axes before their output axes."""
+    laid = [(*groups, "".join(rule.letters(leaf))) for leaf, groups in zip(rule.leaves, rule.layouts, strict=True)]
+    return all(len(one) == 3 and one[1] + one[0] == one[2] != one[0] + one[1] for one in laid)
+
+
 def disk_shape(rule: Rule, size: Mapping[str, int]) -> tuple[int, ...]:
     """The shape on disk for the given size of each letter."""
     shapes = [[_product(size[letter] for letter in group) for group in groups] for groups in rule.layouts]

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from fmodels.weights.crc32c import crc32c, masked
+from fmodels.weights.protobuf import Fields, as_varint, field, integer, message, varint
 from fmodels.weights.tensors import (
     File,
     Tensor,
@@ -69,17 +70,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise ValueError(f"{where} has {file.size} bytes, an index of at most {MAX_INDEX} is read")
     try:
         entries = dict(_table(file.read(0, file.size)))
-        header = _message(entries.pop(b"", b""))
+        header = message(entries.pop(b"", b""))
         if header.get(2, [0])[0] != 0:
             raise ValueError("it was written on a big-endian machine")
-        count = _integer(header, 1)
+        count = _size(header, 1)
         data = _data_files(file.path, count)
         tensors: dict[str, Tensor] = {}
         problems: list[str] = []
         for raw, entry in entries.items():
             name = raw.decode()
             try:
-                if (tensor := _tensor(name, _message(entry), data)) is not None:
+                if (tensor := _tensor(name, message(entry), data)) is not None:
                     tensors[name] = tensor
             except ValueError as error:
                 problems.append(f"variable {brief(name)}: {error}")
@@ -125,14 +126,14 @@ def write(
             )
         if not 0 < len(name.encode(errors="replace")) < MAX_NAME or not name.isprintable():
             raise ValueError(f"write: {brief(name)} cannot be the name of a variable; rename it")
-    entries = {b"": _field(1, 1) + _field(3, _field(1, 1))}  # one data file; the version of the form
+    entries = {b"": field(1, 1) + field(3, field(1, 1))}  # one data file; the version of the form
     with replacing(_data_names(Path(path), 1)[0]) as out:
         for name in sorted(tensors, key=str.encode):
             tensor, offset = tensors[name], out.tell()
             raw = as_bytes(tensor)
             out.write(raw)
-            shape = b"".join(_field(2, _field(1, size)) for size in tensor.shape)
-            entry = _field(1, NUMBERS[tensor.dtype]) + _field(2, shape) + _field(4, offset) + _field(5, len(raw))
+            shape = b"".join(field(2, field(1, size)) for size in tensor.shape)
+            entry = field(1, NUMBERS[tensor.dtype]) + field(2, shape) + field(4, offset) + field(5, len(raw))
             entries[name.encode()] = entry + b"\x35" + struct.pack("<I", masked(crc32c(raw)))
             if advance is not None:
                 advance(tensor.nbytes)
@@ -156,9 +157,9 @@ def _data_files(path: Path, count: int) -> list[File]:
     return [File(name) for name in names]
 
 
-def _tensor(name: str, entry: dict[int, list], data: list[File]) -> Tensor | None:
+def _tensor(name: str, entry: Fields, data: list[File]) -> Tensor | None:
     """Where a variable lies; None for what is no array."""
-    kind = _integer(entry, 1)
+    kind = _size(entry, 1)
     if kind == STRING and name == GRAPH:
         return None
     if kind not in DTYPES:
@@ -166,10 +167,10 @@ def _tensor(name: str, entry: dict[int, list], data: list[File]) -> Tensor | Non
     if 7 in entry:
         raise ValueError("it is cut in slices; load it with TensorFlow and save it whole")
     dtype = np.dtype(DTYPES[kind])
-    shape = [_integer(_message(dim), 1) for dim in _message(entry.get(2, [b""])[-1]).get(2, [])]
+    shape = [_size(message(dim), 1) for dim in message(entry.get(2, [b""])[-1]).get(2, [])]
     if problem := shape_problem(shape, dtype.itemsize):
         raise ValueError(problem)
-    number, offset, size = (_integer(entry, key) for key in (3, 4, 5))
+    number, offset, size = (_size(entry, key) for key in (3, 4, 5))
     need = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if number >= len(data):
         raise ValueError(f"it is in data file {number} of {len(data)}")
@@ -186,14 +187,14 @@ def _table(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(raw) < 48 or struct.unpack("<Q", raw[-8:])[0] != MAGIC:
         raise ValueError("it does not end as a table does")
     footer, position = raw[-48:], 0
-    _, position = _varint(footer, position)
-    _, position = _varint(footer, position)
-    offset, position = _varint(footer, position)
-    size, _ = _varint(footer, position)
+    _, position = varint(footer, position)
+    _, position = varint(footer, position)
+    offset, position = varint(footer, position)
+    size, _ = varint(footer, position)
     last = None
     for _, handle in _block(raw, offset, size):
-        start, position = _varint(handle, 0)
-        length, _ = _varint(handle, position)
+        start, position = varint(handle, 0)
+        length, _ = varint(handle, position)
         for key, value in _block(raw, start, length):
             if last is not None and key <= last:  # so no block is read twice, however the index is made
                 raise ValueError("its names are not sorted")
@@ -218,9 +219,9 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     if end < 0:
         raise ValueError(f"the block at {offset} is shorter than its own table")
     while position < end:
-        shared, position = _varint(block, position)
-        own, position = _varint(block, position)
-        length, position = _varint(block, position)
+        shared, position = varint(block, position)
+        own, position = varint(block, position)
+        length, position = varint(block, position)
         if shared > len(key) or position + own + length > end or shared + own > MAX_NAME:
             raise ValueError(f"the block at {offset} has an entry that is too long")
         key = key[:shared] + block[position : position + own]
@@ -228,45 +229,9 @@ def _block(raw: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
         yield key, block[position - length : position]
 
 
-def _varint(raw: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = raw[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise ValueError("a number of more than 64 bits")
-
-
-def _message(raw: bytes | int) -> dict[int, list]:
-    """The fields of a protocol buffer: number -> values, integers or bytes."""
-    if not isinstance(raw, bytes):
-        raise ValueError(f"the number {raw} in place of a message")
-    fields: dict[int, list] = {}
-    position = 0
-    while position < len(raw):
-        tag, position = _varint(raw, position)
-        kind = tag & 7
-        if kind == 0:
-            value, position = _varint(raw, position)
-        else:
-            if kind == 2:
-                length, position = _varint(raw, position)
-            elif kind in (1, 5):
-                length = 8 if kind == 1 else 4
-            else:
-                raise ValueError(f"a field of kind {kind}")
-            if position + length > len(raw):
-                raise ValueError("a field that is longer than its message")
-            value, position = raw[position : position + length], position + length
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
-
-
-def _integer(fields: dict[int, list], number: int) -> int:
-    value = fields.get(number, [0])[-1]
-    if not isinstance(value, int) or value >= 2**63:
+def _size(fields: Fields, number: int) -> int:
+    value = integer(fields, number)
+    if value < 0:
         raise ValueError(f"field {number} is no size")
     return value
 
@@ -289,7 +254,7 @@ def _as_table(entries: Mapping[bytes, bytes]) -> bytes:
 
 
 def _handle(offset: int, block: bytes) -> bytes:
-    return _as_varint(offset) + _as_varint(len(block))
+    return as_varint(offset) + as_varint(len(block))
 
 
 def _as_block(entries: Mapping[bytes, bytes]) -> bytes:
@@ -300,21 +265,6 @@ def _as_block(entries: Mapping[bytes, bytes]) -> bytes:
             last = b""
         differ = (i for i, (a, b) in enumerate(zip(last, key, strict=False)) if a != b)
         shared = next(differ, min(len(last), len(key)))
-        out += _as_varint(shared) + _as_varint(len(key) - shared) + _as_varint(len(value)) + key[shared:] + value
+        out += as_varint(shared) + as_varint(len(key) - shared) + as_varint(len(value)) + key[shared:] + value
         last = key
     return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer; nothing for the integer 0, which is what a missing one means."""
-    if isinstance(value, bytes):
-        return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
-    return _as_varint(number << 3) + _as_varint(value) if value else b""
-
-
-def _as_varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
