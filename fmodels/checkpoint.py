@@ -70,8 +70,7 @@ def open_checkpoint(
         raise FileNotFoundError(f"load: no config.json in {str(path)!r}, and no weights: {error}") from None
     config = _config(path, metadata, raw, task)
     tensors = dialects.read(raw, config, metadata["format"])
-    options = None if config.quantization is None else json.loads(config.quantization)
-    return Checkpoint(path, config, quantized.join(tensors, options), raw, metadata)
+    return Checkpoint(path, config, layout.joined(tensors, config), raw, metadata)
 
 
 def load_config(source: str | os.PathLike[str], *, task: str | None = None, **hub_options: Any) -> Config:

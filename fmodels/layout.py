@@ -24,6 +24,7 @@ from fmodels.transforms.adapters import check_merged
 from fmodels.transforms.stacking import stack_layers
 from fmodels.types import Params
 from fmodels.weights import Tensor, quantized, rules
+from fmodels.weights.methods import transposed
 from fmodels.weights.rules import Place
 
 logger = logging.getLogger("fmodels")
@@ -186,6 +187,22 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: Config, *, new_head: boo
     )
 
 
+def joined(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The tensors, with one description in place of those of each weight that the config says is quantised.
+
+    Where PyTorch's module has the inputs of a matrix first, as GPT-2's, files of quantised matrices have them last.
+    """
+    if config.quantization is None:
+        return dict(tensors)
+    found = quantized.join(tensors, json.loads(config.quantization))
+    weights = family(config).weights
+    places = {name: place for name, place in weights.places(config).items() if rules.is_turned(place.rule)}
+    for name, tensor in found.items():
+        if isinstance(tensor, quantized.Packed) and any(s in places for s in weights.spellings(name, config)):
+            found[name] = transposed(tensor)
+    return found
+
+
 def _more(problems: list[str]) -> str:
     return f"\n  … and {len(problems) - 200} more" if len(problems) > 200 else ""
 
@@ -215,7 +232,7 @@ def from_disk(tensors: Mapping[str, Any], config: Config, *, layers: str = "stac
         described: Mapping[str, Any] = tensors
     else:
         lazy = {n: Tensor.lazy(n, a.dtype, a.shape, functools.partial(np.asarray, a)) for n, a in tensors.items()}
-        described = quantized.join(lazy, json.loads(config.quantization))
+        described = joined(lazy, config)
     planned = plan({name: tuple(a.shape) for name, a in described.items()}, config, what="from_disk")
     leaves: dict[str, Any] = {}
     parts: dict[str, list[Any]] = {}

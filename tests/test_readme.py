@@ -128,7 +128,7 @@ def table() -> str:
         generates = "yes" if {"causal-lm", "seq2seq-lm"} & tasks.keys() else ""
         lines = f"{len(file.read_text().splitlines())} ({lines_of_code(file.read_text())})"
         cells = (
-            name, kind(name), ", ".join(tasks), "yes", generates, heads, "" if name == "gpt2" else "yes",
+            name, kind(name), ", ".join(tasks), "yes", generates, heads, "yes",
             ", ".join(["all", *own]), ", ".join(verified(name)), f"[{file.name}](fmodels/models/{file.name})", lines,
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")

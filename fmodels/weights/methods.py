@@ -66,6 +66,14 @@ def packed_of(
     return packed
 
 
+def transposed(packed: Packed) -> Packed:
+    """The weight whose matrix lies as `packed`, with its columns first."""
+    shape = packed.shape[::-1]
+    return packed_of(
+        packed.name, packed.codec, shape, packed.dtype, packed.parts, derived=packed.derived, turned=not packed.turned
+    )
+
+
 class Group:
     """The tensors of one weight, and what is wrong with them."""
 
