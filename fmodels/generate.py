@@ -59,7 +59,8 @@ def generate(
         config: its config; the task must be a causal language model, or an encoder-decoder one.
         tokens: `(b t)` int prompts; of encoder-decoder models what the encoder reads.
         mask: `(b t)` bool or 0/1. If None, and the pad token (not being an end token) occurs in `tokens`, it masks
-            itself, as in transformers; else all tokens are real.
+            itself, as in transformers; else all tokens are real. Windows of layers count real tokens: padding within a prompt,
+            which takes room in transformers' windows, takes none here.
         max_new_tokens: goes before `options.max_new_tokens` and `options.max_length`; 20 if none of them is given.
         key: random key; needed for sampling, unused without.
         options: by Hugging Face's names, one for all rows or one for each. What it leaves None is taken from the

@@ -324,6 +324,17 @@ def test_pruned_trees_generate(llama):
     np.testing.assert_array_equal(pruned.tokens, masked.tokens)
 
 
+def test_roberta_counts_as_its_forward_does(case):
+    """transformers' `generate` counts from 0 where its `forward` counts from the row after that of padding."""
+    loaded = case("roberta/causal-lm")
+    tokens, mask = np.array([[7, 9, 11], [3, 8, 6]]), np.array([[1, 1, 1], [0, 1, 1]])
+    positions = np.where(mask == 1, mask.cumsum(-1) + 3, 3)  # as `forward` takes them where none are given
+    given = {"attention_mask": torch.tensor(mask), "position_ids": torch.tensor(positions)}
+    want = loaded.model.generate(torch.tensor(tokens), **given, max_new_tokens=5, do_sample=False, pad_token_id=3)
+    got = fm.generate(loaded.params, loaded.config, tokens, mask=mask, max_new_tokens=5)
+    assert got.tokens.tolist() == want.tolist()
+
+
 def test_texts_that_outgrow_their_rotary_factors(case):
     """There transformers computes Phi-3's cache again; here two calls do the same, and one says so."""
     loaded = case("phi3/causal-lm/long")

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import fmodels as fm
+from fmodels.nn.positions import rope_tables
 from tests import families
 
 LENGTH, ORIGINAL = 24, 12
@@ -162,6 +163,46 @@ def test_refused(rope, message):
     data = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 10, "rope_parameters": rope}
     with pytest.raises(ValueError, match=message):
         fm.models.llama.Config.from_hf(data)
+
+
+YARN = TYPES["yarn untruncated"] | {"rope_theta": 50.0}
+BY_TYPE = {
+    "nested": {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}},  # `truncate` does nothing there
+    "scaled": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "both": {
+        "rope_parameters": {"full_attention": {"rope_theta": 50.0}, "sliding_attention": {}},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+}
+
+
+@pytest.mark.parametrize("given", BY_TYPE.values(), ids=BY_TYPE)
+@pytest.mark.parametrize("family", ["gemma3_text", "modernbert"])
+def test_by_type(family, given):
+    """Of families whose layers with a window have settings of their own, both tables are those of transformers."""
+    case = families.by_name({"gemma3_text": "gemma3_text/causal-lm", "modernbert": "modernbert/masked-lm"}[family])
+    data = json.loads(json.dumps(case.config | given | {"model_type": family, "architectures": [case.architecture]}))
+    config = fm.models.FAMILIES[family].config.from_hf(data)
+    theirs = getattr(transformers, case.architecture).config_class.from_dict(data)
+    rotary = getattr(transformers, case.architecture)(theirs).model.rotary_emb
+    for name, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope)):
+        want = [x[0].numpy() for x in rotary(torch.ones(1), torch.arange(LENGTH)[None], name)]
+        got = rope_tables(rope, np.arange(LENGTH)[None], config.head_dim, config.max_positions)
+        for ours, table in zip(got, want, strict=True):
+            assert np.abs(np.asarray(ours)[0] - table[:, : table.shape[-1] // 2]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "Write 'rope_type'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters has 'rope_type'"),
+    ],
+)
+def test_by_type_refused(given, message):
+    """What transformers 5 leaves unread."""
+    with pytest.raises(ValueError, match=message):
+        fm.models.gemma3_text.Config.from_hf(given | {"architectures": ["Gemma3ForCausalLM"]})
 
 
 @pytest.mark.parametrize(("rotary", "size"), [(30, 44), (26, 46), (64, 256)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fmodels.nn.positions import Rope
@@ -95,22 +95,42 @@ TYPES: tuple[str, str] = ("full_attention", "sliding_attention")
 
 
 def read_ropes(
-    given: Mapping[str, Any], problems: list[str], defaults: tuple[Rope, Rope], *, head_dim: int, max_positions: int
+    data: Mapping[str, Any],
+    problems: list[str],
+    bases: tuple[float, float],
+    *,
+    scaled: Collection[str],
+    head_dim: int,
+    max_positions: int,
 ) -> tuple[Rope, Rope]:
-    """The rotary settings of both `TYPES`, from `rope_parameters` that have them by type; the rest as in `read_rope`."""
+    """The rotary settings of both `TYPES`, from a config.json whose `rope_parameters` have them by type.
+
+    Args:
+        data: the config.json.
+        problems: what is wrong is added here.
+        bases: of both types, where `rope_parameters` do not give them.
+        scaled: the types that `rope_scaling` of transformers 4 is for.
+        head_dim: size of a head.
+        max_positions: the config's maximum of positions.
+    """
+    given, scaling = data.get("rope_parameters") or {}, data.get("rope_scaling") or {}
     problems += [
         f"rope_parameters has {name!r}, known are {' and '.join(TYPES)}" for name in given if name not in TYPES
     ]
-    full, local = (
-        read_rope(
-            {"rope_parameters": given.get(name)},
-            problems,
-            head_dim=head_dim,
-            max_positions=max_positions,
-            default=default,
+    if "type" in scaling and "rope_type" not in scaling:
+        problems.append(
+            f"rope_scaling has 'type' (value {scaling['type']!r}) and no 'rope_type': transformers 4 scales by it, "
+            "transformers 5 does not. Write 'rope_type'"
         )
-        for name, default in zip(TYPES, defaults, strict=True)
-    )
+
+    def of(name: str, base: float) -> Rope:
+        own = {**(given.get(name) or {}), **(scaling if name in scaled else {})}
+        own.pop("truncate", None)  # which transformers looks for beside the types, where it cannot be
+        return read_rope(
+            {"rope_parameters": own}, problems, head_dim=head_dim, max_positions=max_positions, default=Rope(theta=base)
+        )
+
+    full, local = map(of, TYPES, bases)
     return full, local
 
 

@@ -71,15 +71,14 @@ class Config(gemma2.Config):
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         own = super().read_special({**data, "rope_parameters": None, "rope_scaling": None}, fields, problems)
-        given = data.get("rope_parameters") or {}
-        if not given.keys() & {*TYPES}:  # as transformers 4 wrote it
-            full = given or {"rope_theta": data.get("rope_theta"), **(data.get("rope_scaling") or {})}
-            given = dict(zip(TYPES, (full, {"rope_theta": data.get("rope_local_base_freq")}), strict=True))
-        sizes = {
-            "head_dim": data.get("head_dim") or fields["head_dim"],
-            "max_positions": data.get("max_position_embeddings", cls.max_positions),
-        }
-        fields["rope"], fields["local_rope"] = read_ropes(given, problems, (cls.rope, cls.local_rope), **sizes)
+        fields["rope"], fields["local_rope"] = read_ropes(
+            data,
+            problems,
+            (data.get("rope_theta") or cls.rope.theta, data.get("rope_local_base_freq") or cls.local_rope.theta),
+            scaled=TYPES[:1],
+            head_dim=data.get("head_dim") or fields["head_dim"],
+            max_positions=data.get("max_position_embeddings", cls.max_positions),
+        )
         return own | {"rope_local_base_freq"}
 
     def write_special(self) -> dict[str, Any]:

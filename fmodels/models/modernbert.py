@@ -106,15 +106,13 @@ class Config(_encoder.Config):
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:
         own = super().read_special(data, fields, problems)
-        given = data.get("rope_parameters") or {}
-        if scaling := data.get("rope_scaling"):
-            given = {**given, **{name: {**(given.get(name) or {}), **scaling} for name in TYPES}}
-        whole = data.get("global_rope_theta", cls.rope.theta)
-        local = data.get("local_rope_theta", cls.local_rope.theta)
+        whole = data.get("global_rope_theta") or cls.rope.theta
+        local = data.get("local_rope_theta", cls.local_rope.theta) or whole  # null: as transformers 4 understood it
         fields["rope"], fields["local_rope"] = read_ropes(
-            given,
+            data,
             problems,
-            (Rope(theta=whole), Rope(theta=whole if local is None else local)),
+            (whole, local),
+            scaled=TYPES,
             head_dim=fields["head_dim"],
             max_positions=data.get("max_position_embeddings", cls.max_positions),
         )

@@ -1,6 +1,7 @@
 """RoBERTa: BERT without next sentences, whose positions count from the row after that of padding.
 
-Source: Liu et al. 2019; matches transformers' `modeling_roberta`.
+Source: Liu et al. 2019; matches transformers' `modeling_roberta`. Its `generate` (of version 5) counts positions from 0, which
+`forward` of the same model does not; here both count as `forward`.
 """
 
 from __future__ import annotations
