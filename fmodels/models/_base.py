@@ -382,6 +382,11 @@ def init_normal(weights: Weights, config: Config, key: Key, dtype: Any, leaves: 
     return tree.unflatten(draws)
 
 
+def without(keys: Mapping[str, str], *fields: str) -> dict[str, str]:
+    """A config's `HF` without some fields."""
+    return {field: key for field, key in keys.items() if field not in fields}
+
+
 def check_cache(config: Any, cache: Cache | None) -> None:
     """Raises a ValueError if there is a cache, and tokens see those behind them."""
     if cache is not None and not config.causal:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fmodels import schema
 from fmodels.arrays import take
 from fmodels.models._base import Config as BaseConfig
-from fmodels.models._base import Family, at, check_cache, init_normal
+from fmodels.models._base import Family, at, check_cache, init_normal, without
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, with_distances
 from fmodels.nn.embeddings import embed, lm_logits
@@ -142,7 +142,7 @@ class PaddedConfig(Config):
     bos_token_id: int | None = 0
     eos_token_id: int | tuple[int, ...] | None = 2
 
-    HF: ClassVar[Mapping[str, str]] = {key: value for key, value in Config.HF.items() if key != "max_positions"}
+    HF: ClassVar[Mapping[str, str]] = without(Config.HF, "max_positions")
 
     def __post_init__(self) -> None:
         super().__post_init__()

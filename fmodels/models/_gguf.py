@@ -45,6 +45,9 @@ EXPERTS = {"num_experts": "expert_count", "num_experts_per_token": "expert_used_
 WINDOW = {"sliding_window": "attention.sliding_window"}
 """`fields` of families with windows."""
 
+CAPS = {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
+"""`fields` of families that squeeze scores and logits."""
+
 TIED = {"tie_word_embeddings": True}
 """`fixed` of families that have no head of their own in llama.cpp."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _encoder
+from fmodels.models._base import without
 from fmodels.models._encoder import CLASSES, head
 from fmodels.weights.rules import TensorFlow
 
@@ -37,7 +38,7 @@ class Config(_encoder.Config):
 
     model_type: ClassVar[str] = "albert"
     HF: ClassVar[Mapping[str, str]] = {
-        **{key: value for key, value in _encoder.Config.HF.items() if key != "causal"},
+        **without(_encoder.Config.HF, "causal"),
         "embedding_size": "embedding_size",
         "num_layers": "num_hidden_groups",
         "depth": "num_hidden_layers",

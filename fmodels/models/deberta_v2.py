@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from fmodels.models import _encoder
-from fmodels.models._base import Family, init_normal
+from fmodels.models._base import Family, init_normal, without
 from fmodels.models._encoder import CLASSES, head
 from fmodels.nn import layers
 from fmodels.nn.attention import attend, attention, distance_scores
@@ -72,7 +72,7 @@ class Config(_encoder.Config):
 
     model_type: ClassVar[str] = "deberta-v2"
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in _encoder.Config.HF.items() if field not in ("num_token_types", "causal")},
+        **without(_encoder.Config.HF, "num_token_types", "causal"),
         **{name: name for name in SAME},
         "pooler_activation": "pooler_hidden_act",
     }

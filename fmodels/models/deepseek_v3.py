@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder, _mixture
+from fmodels.models._base import without
 from fmodels.nn.experts import Routing
 from fmodels.nn.positions import Rope
 from fmodels.weights.rules import Rule
@@ -69,7 +70,7 @@ class Config(_mixture.Config):
     own_head_dim: ClassVar[bool] = True
     own_kv_heads: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in _mixture.Config.HF.items() if field != "router_aux_loss_coef"},
+        **without(_mixture.Config.HF, "router_aux_loss_coef"),
         "head_dim": "v_head_dim",
         "plain_size": "qk_nope_head_dim",
         "rope_size": "qk_rope_head_dim",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _decoder, gemma
-from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
+from fmodels.models._gguf import CAPS, TIED, WINDOW, Gguf, scaled_by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,7 @@ class Config(gemma.Config):
 
     model_type: ClassVar[str] = "gemma2"
     gguf: ClassVar[Gguf | None] = Gguf(
-        "gemma2",
-        fields=WINDOW | {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"},
-        fixed=TIED | {"query_pre_attn_scalar": scaled_by(46)},
+        "gemma2", fields=WINDOW | CAPS, fixed=TIED | {"query_pre_attn_scalar": scaled_by(46)}
     )
     HF: ClassVar[Mapping[str, str]] = {
         **gemma.Config.HF,

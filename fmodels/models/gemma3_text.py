@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder, gemma2
-from fmodels.models._gguf import TIED, WINDOW, Gguf, scaled_by
+from fmodels.models._base import without
+from fmodels.models._gguf import CAPS, TIED, WINDOW, Gguf, scaled_by
 from fmodels.models._rope import TYPES, read_ropes, write_ropes
 from fmodels.nn.positions import Rope
+
+UNREAD = ("_sliding_window_pattern", "attn_logit_softcapping")
+"""transformers writes the first and reads it nowhere; it hands the second to no layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,24 +41,18 @@ class Config(gemma2.Config):
     model_type: ClassVar[str] = "gemma3_text"
     gguf: ClassVar[Gguf | None] = Gguf(
         "gemma3",
-        fields=WINDOW
-        | {"logit_cap": "final_logit_softcapping", "sliding_window_pattern": "attention.sliding_window_pattern"},
+        fields=WINDOW | {"logit_cap": CAPS["logit_cap"], "sliding_window_pattern": "attention.sliding_window_pattern"},
         fixed=TIED | {"query_pre_attn_scalar": scaled_by(62)},
     )
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in gemma2.Config.HF.items() if field != "attention_cap"},
+        **without(gemma2.Config.HF, "attention_cap"),
         "sliding_window_pattern": "sliding_window_pattern",
         "bidirectional": "use_bidirectional_attention",
     }
-    # transformers writes the first and reads it nowhere; it hands the second to no layer.
-    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {
-        "_sliding_window_pattern",
-        "attn_logit_softcapping",
-    }
+    IRRELEVANT: ClassVar[frozenset[str]] = gemma2.Config.IRRELEVANT | {*UNREAD}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = {
-        "base": "Gemma3TextModel",
+        **_decoder.architectures("Gemma3Text", "sequence-classification"),
         "causal-lm": "Gemma3ForCausalLM",
-        "sequence-classification": "Gemma3TextForSequenceClassification",
     }
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _decoder
+from fmodels.models._base import without
 from fmodels.models._gguf import Gguf
 from fmodels.nn.positions import Rope
 from fmodels.weights.rules import Weights
@@ -47,7 +48,7 @@ class Config(_decoder.Config):
     partial: ClassVar[bool] = True
     rounds_up: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in _decoder.Config.HF.items() if field not in ("num_kv_heads", "head_dim")},
+        **without(_decoder.Config.HF, "num_kv_heads", "head_dim"),
         "norm_eps": "layer_norm_eps",
         "attention_bias": "attention_bias",
         "parallel": "use_parallel_residual",

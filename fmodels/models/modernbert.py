@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fmodels import tree
 from fmodels.models import _encoder
-from fmodels.models._base import Family, at, init_normal
+from fmodels.models._base import Family, at, init_normal, without
 from fmodels.models._encoder import CLASSES, TOKEN_CLASSES, head
 from fmodels.models._rope import TYPES, read_ropes, write_ropes
 from fmodels.nn import layers
@@ -71,7 +71,7 @@ class Config(_encoder.Config):
 
     model_type: ClassVar[str] = "modernbert"
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in _encoder.Config.HF.items() if field not in ("num_token_types", "causal")},
+        **without(_encoder.Config.HF, "num_token_types", "causal"),
         **{name: name for name in SAME},
         "activation": "hidden_activation",
         "period": "global_attn_every_n_layers",

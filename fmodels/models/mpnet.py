@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _encoder, roberta
+from fmodels.models._base import without
 from fmodels.weights.rules import TensorFlow
 
 
@@ -26,7 +27,7 @@ class Config(roberta.Config):
 
     model_type: ClassVar[str] = "mpnet"
     HF: ClassVar[Mapping[str, str]] = {
-        **{k: v for k, v in roberta.Config.HF.items() if k not in ("num_token_types", "causal")},
+        **without(roberta.Config.HF, "num_token_types", "causal"),
         "num_buckets": "relative_attention_num_buckets",
     }
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _encoder.architectures("MPNet")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fmodels.models import _encoder
+from fmodels.models._base import without
 from fmodels.models._encoder import head
 from fmodels.models._rope import OWN_KEYS, read_rope, write_rope
 from fmodels.nn.positions import Rope
@@ -33,7 +34,7 @@ class Config(_encoder.Config):
 
     model_type: ClassVar[str] = "nomic_bert"
     HF: ClassVar[Mapping[str, str]] = {
-        **{field: key for field, key in _encoder.Config.HF.items() if field != "causal"},
+        **without(_encoder.Config.HF, "causal"),
         "head_dim": "head_dim",
     }
     IRRELEVANT: ClassVar[frozenset[str]] = _encoder.Config.IRRELEVANT | frozenset(

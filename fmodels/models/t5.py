@@ -109,9 +109,7 @@ class Config(_seq2seq.Config):
         fields["max_positions"] = data.get("n_positions", cls.max_positions)
         *gated, act = data.get("feed_forward_proj", "gated-gelu" if cls.gated else "relu").split("-")
         if gated not in ([], ["gated"]):
-            problems.append(
-                f"feed_forward_proj={data['feed_forward_proj']!r} is not supported, only 'gated-…' or one word"
-            )
+            problems.append(f"feed_forward_proj={data['feed_forward_proj']!r} is neither 'gated-…' nor one word")
         act = "gelu_new" if gated and act == "gelu" else act
         fields["gated"] = data.get("is_gated_act", bool(gated))
         fields["activation"] = data.get("dense_act_fn", act)
