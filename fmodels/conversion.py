@@ -150,7 +150,8 @@ def convert(
             file.release()
 
     key = {
-        "source": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted({f.path for f in release})],
+        "source": [str(opened.path.resolve()), str(from_format), str(variant)],
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(opened.path)],
         "to": [format, str(dtype), str(max_shard_size), config.task, quantized], "tensors": len(written),
     }  # fmt: skip
     with _stage(opened.path, Path(folder), key) as stage:
@@ -180,6 +181,12 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
         if name not in planned.tensors
     )
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
+
+
+def _files(source: Path) -> list[Path]:
+    """The files that a conversion of `source` may read: its own, and those in the folder of its config."""
+    own = source.rglob("*") if source.is_dir() else ()
+    return sorted({path for path in (*own, *checkpoint.folder_of(source).iterdir()) if path.is_file()})
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
@@ -257,9 +264,11 @@ def _stage(source: Path, dest: Path, key: Mapping[str, Any]) -> Iterator[Path]:
     try:
         job = stage / JOB
         text = json.dumps(key)
-        if not job.exists() or job.read_text() != text:
-            for path in stage.iterdir():
+        same = job.exists() and job.read_text() == text
+        for path in stage.iterdir():  # of which files of weights are whole
+            if not (same and (path == job or any(kind.owns(path.name) for kind in FORMATS.values()))):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not same:
             job.write_text(text)
         try:
             yield stage

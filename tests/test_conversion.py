@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import fmodels as fm
+from fmodels import conversion
 from fmodels.weights import read_file, read_folder
 
 LACKING = {
@@ -139,6 +141,38 @@ def test_another_conversion_starts_anew(case, tmp_path):
     (stage / "conversion.json").write_text("{}")
     (stage / "model.safetensors").write_bytes(b"of another")
     assert fm.convert(source, tmp_path / "new").resumed == 0
+
+
+def test_what_a_killed_run_left(case, tmp_path):
+    """Half a file is not in the new folder, and files that were made of another config, or of other leaves, are not used."""
+
+    def killed(source):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conversion, "copy_others", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fm.convert(source, tmp_path / "new", format="gguf")
+        (tmp_path / ".new.converting" / ".model.gguf.0a1b2c3d.tmp").write_bytes(b"half of it")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    source = tmp_path / "source"
+    fm.convert(case("llama/causal-lm").folder, source, format="orbax")
+    killed(source)
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 1
+    assert not list((tmp_path / "new").glob(".*"))
+    shutil.rmtree(tmp_path / "new")
+    killed(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 0
+    assert read_folder(tmp_path / "new")[1]["llama.context_length"] == 77
+    shutil.rmtree(tmp_path / "new")
+    killed(source)
+    params, config = fm.load(source)
+    shutil.rmtree(source / "params")
+    fm.save(fm.cast(params, "float16"), config, source, format="orbax")
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 0
 
 
 def test_a_file_that_comes_out_wrong_is_not_left(case, tmp_path, monkeypatch):
