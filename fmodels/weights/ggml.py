@@ -173,6 +173,15 @@ def part(tensor: Tensor, index: int) -> Tensor:
     return Tensor.in_file(tensor.name, tensor.dtype, shape, tensor.file, offset)
 
 
+def some_rows(tensor: Tensor, name: str, axis: int, start: int, stop: int) -> Tensor:
+    """The part of a tensor from `start` to `stop` along an axis, which is not the last of what is quantised."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(name, tensor.type, some_rows(tensor.packed, name, axis, start, stop))
+    shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
+    at = (*(slice(None),) * axis, slice(start, stop))
+    return Tensor.lazy(name, tensor.dtype, shape, lambda: tensor.array()[at])
+
+
 def rows(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """The tensor with its rows in another order; `change` works on bytes where it is quantised."""
     if isinstance(tensor, Blocks) and tensor.packed is not None:
