@@ -27,7 +27,7 @@ from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format, dtype_and_type
 from fmodels.weights.quantized import expanded
-from fmodels.weights.tensors import cast
+from fmodels.weights.tensors import cast, listing
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -162,7 +162,8 @@ def convert(
             )  # fmt: skip
         own = opened.path if opened.path.is_dir() else None
         copied = () if own is None else tuple(copy_others(own, stage))
-        digest = _verify(wanted, stage, release, quantized=quantized) if verify else None
+        held = dialects.read(written, config, FORMATS[format].dialect)
+        digest = _verify(wanted, held, stage, release, format, quantized=quantized) if verify else None
     return Conversion(
         str(source), str(folder), format, len(written), _total(written), digest, count, left_out, copied, resumed
     )
@@ -202,13 +203,25 @@ def _total(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, quantized: bool) -> str:
-    """Compares the hashes of what should have been written with those of the new files; returns one of them all."""
+def _verify(
+    wanted: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    stage: Path,
+    release: set[Any],
+    format: str,
+    *,
+    quantized: bool,
+) -> str:
+    """Compares the hashes of what should have been written with those of the new files; returns one of them all.
+
+    A tensor that is read as `held` says is as the format can have it, and was not damaged.
+    """
     opened = checkpoint.open_checkpoint(stage)
     names = canonical_names(list(opened.tensors), opened.config)
     new = opened.raw if quantized else {names[n].canonical: tensor for n, tensor in opened.tensors.items()}
     release = release | {t.file for t in opened.raw.values() if t.file is not None}
     problems = [f"{name!r} is not there" for name in wanted if name not in new]
+    rounded: list[str] = []
     digests = {}
     with (
         ThreadPoolExecutor(2) as pool,
@@ -216,13 +229,20 @@ def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, qua
     ):
         for name in sorted(wanted.keys() & new.keys()):
             one, digests[name] = pool.map(_digest, (wanted[name], new[name]))
-            if one != digests[name]:
+            if one != digests[name] and name in held and _digest(held[name]) == digests[name]:
+                rounded.append(name)
+            elif one != digests[name]:
                 problems.append(f"{name!r} was not written as it is")
             bar.update(wanted[name].nbytes)
             for file in release:
                 file.release()
     if problems:
         raise ValueError("convert: nothing was written: " + "; ".join(problems[:20]))
+    if rounded:
+        raise ValueError(
+            f"convert: nothing was written: format {format!r} rounds {len(rounded)} tensors: {listing(rounded)}; pass "
+            "verify=False (--no-verify) to have them so, as save writes them"
+        )
     return _together(digests)
 
 
