@@ -1,6 +1,7 @@
 """Conversion: every format into every other and back, inside a gigabyte, over a kill, and with what it refuses."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -66,14 +67,16 @@ def test_bfloat16_and_cast(case, tmp_path):
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_several_formats_are_there(case, tmp_path):
+def test_what_several_formats_are_there(case, tmp_path, caplog):
     loaded = case("gpt2/causal-lm")
     for format in ("npz", "torch"):
         fm.save(loaded.params, loaded.config, tmp_path, format=format)
     other = fm.cast(loaded.params, "float16")
     fm.save(other, loaded.config, tmp_path / "other", format="npz")
     (tmp_path / "other" / "model.npz").replace(tmp_path / "model.npz")
-    assert fm.load(tmp_path)[0]["embed"]["tokens"].dtype == "float32"  # pytorch_model.bin is looked for first
+    with caplog.at_level(logging.INFO, "fmodels"):
+        assert fm.load(tmp_path)[0]["embed"]["tokens"].dtype == "float32"  # pytorch_model.bin is looked for first
+    assert "is read as 'torch'; format= takes one of npz" in caplog.text
     assert fm.load(tmp_path, format="npz")[0]["embed"]["tokens"].dtype == "float16"
     with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
         fm.load(tmp_path, format="safetensors")
@@ -100,6 +103,19 @@ def test_orbax_that_others_wrote(case, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         theirs = checkpointer.restore(tmp_path / "ours" / "params", loaded.params)
     assert all(np.array_equal(fm.tree.flatten(theirs)[k], v) for k, v in fm.tree.flatten(loaded.params).items())
+
+
+def test_orbax_on_a_full_disk(case, tmp_path, monkeypatch):
+    """TensorStore's error is no ValueError of ours, which would say that the checkpoint is at fault."""
+    import orbax.checkpoint as ocp
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(OSError, match=r"orbax could not write .*No space left"):
+        fm.convert(case("llama/causal-lm").folder, tmp_path / "new", format="orbax")
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """
