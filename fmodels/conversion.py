@@ -27,7 +27,7 @@ from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format, dtype_and_type
 from fmodels.weights.quantized import expanded
-from fmodels.weights.tensors import cast
+from fmodels.weights.tensors import cast, listing
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -150,7 +150,8 @@ def convert(
             file.release()
 
     key = {
-        "source": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted({f.path for f in release})],
+        "source": [str(opened.path.resolve()), str(from_format), str(variant)],
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(opened.path)],
         "to": [format, str(dtype), str(max_shard_size), config.task, quantized], "tensors": len(written),
     }  # fmt: skip
     with _stage(opened.path, Path(folder), key) as stage:
@@ -161,7 +162,8 @@ def convert(
             )  # fmt: skip
         own = opened.path if opened.path.is_dir() else None
         copied = () if own is None else tuple(copy_others(own, stage))
-        digest = _verify(wanted, stage, release, quantized=quantized) if verify else None
+        held = dialects.read(written, config, FORMATS[format].dialect)
+        digest = _verify(wanted, held, stage, release, format, quantized=quantized) if verify else None
     return Conversion(
         str(source), str(folder), format, len(written), _total(written), digest, count, left_out, copied, resumed
     )
@@ -182,6 +184,12 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
     return {name: found.get(name, tensor) for name, tensor in made.items()}, left
 
 
+def _files(source: Path) -> list[Path]:
+    """The files that a conversion of `source` may read: its own, and those in the folder of its config."""
+    own = source.rglob("*") if source.is_dir() else ()
+    return sorted({path for path in (*own, *checkpoint.folder_of(source).iterdir()) if path.is_file()})
+
+
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
     """The dtype of most of the floating elements."""
     sizes: dict[str, int] = {}
@@ -195,13 +203,25 @@ def _total(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, quantized: bool) -> str:
-    """Compares the hashes of what should have been written with those of the new files; returns one of them all."""
+def _verify(
+    wanted: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    stage: Path,
+    release: set[Any],
+    format: str,
+    *,
+    quantized: bool,
+) -> str:
+    """Compares the hashes of what should have been written with those of the new files; returns one of them all.
+
+    A tensor that is read as `held` says is as the format can have it, and was not damaged.
+    """
     opened = checkpoint.open_checkpoint(stage)
     names = canonical_names(list(opened.tensors), opened.config)
     new = opened.raw if quantized else {names[n].canonical: tensor for n, tensor in opened.tensors.items()}
     release = release | {t.file for t in opened.raw.values() if t.file is not None}
     problems = [f"{name!r} is not there" for name in wanted if name not in new]
+    rounded: list[str] = []
     digests = {}
     with (
         ThreadPoolExecutor(2) as pool,
@@ -209,13 +229,20 @@ def _verify(wanted: Mapping[str, Tensor], stage: Path, release: set[Any], *, qua
     ):
         for name in sorted(wanted.keys() & new.keys()):
             one, digests[name] = pool.map(_digest, (wanted[name], new[name]))
-            if one != digests[name]:
+            if one != digests[name] and name in held and _digest(held[name]) == digests[name]:
+                rounded.append(name)
+            elif one != digests[name]:
                 problems.append(f"{name!r} was not written as it is")
             bar.update(wanted[name].nbytes)
             for file in release:
                 file.release()
     if problems:
         raise ValueError("convert: nothing was written: " + "; ".join(problems[:20]))
+    if rounded:
+        raise ValueError(
+            f"convert: nothing was written: format {format!r} rounds {len(rounded)} tensors: {listing(rounded)}; pass "
+            "verify=False (--no-verify) to have them so, as save writes them"
+        )
     return _together(digests)
 
 
@@ -257,9 +284,11 @@ def _stage(source: Path, dest: Path, key: Mapping[str, Any]) -> Iterator[Path]:
     try:
         job = stage / JOB
         text = json.dumps(key)
-        if not job.exists() or job.read_text() != text:
-            for path in stage.iterdir():
+        same = job.exists() and job.read_text() == text
+        for path in stage.iterdir():  # of which files of weights are whole
+            if not (same and (path == job or any(kind.owns(path.name) for kind in FORMATS.values()))):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if not same:
             job.write_text(text)
         try:
             yield stage

@@ -1,8 +1,10 @@
 """Conversion: every format into every other and back, inside a gigabyte, over a kill, and with what it refuses."""
 
 import json
+import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import fmodels as fm
+from fmodels import conversion
 from fmodels.weights import read_file, read_folder
 
 LACKING = {
@@ -42,6 +45,9 @@ def test_every_format_into_every_other(case, tmp_path, name):
         for other in formats:
             if one != other and "safetensors" not in (one, other):
                 made = fm.convert(tmp_path / one, tmp_path / f"{one}-{other}", format=other, verify=False)
+                if other != "orbax":  # whose files have random names
+                    for path in (tmp_path / other).iterdir():
+                        assert (Path(made.folder) / path.name).read_bytes() == path.read_bytes()
                 back = fm.convert(made.folder, tmp_path / f"{one}-{other}-back")
                 assert back.sha256 == first.sha256
                 assert (Path(back.folder) / "model.safetensors").read_bytes() == (
@@ -61,14 +67,16 @@ def test_bfloat16_and_cast(case, tmp_path):
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_several_formats_are_there(case, tmp_path):
+def test_what_several_formats_are_there(case, tmp_path, caplog):
     loaded = case("gpt2/causal-lm")
     for format in ("npz", "torch"):
         fm.save(loaded.params, loaded.config, tmp_path, format=format)
     other = fm.cast(loaded.params, "float16")
     fm.save(other, loaded.config, tmp_path / "other", format="npz")
     (tmp_path / "other" / "model.npz").replace(tmp_path / "model.npz")
-    assert fm.load(tmp_path)[0]["embed"]["tokens"].dtype == "float32"  # pytorch_model.bin is looked for first
+    with caplog.at_level(logging.INFO, "fmodels"):
+        assert fm.load(tmp_path)[0]["embed"]["tokens"].dtype == "float32"  # pytorch_model.bin is looked for first
+    assert "is read as 'torch'; format= takes one of npz" in caplog.text
     assert fm.load(tmp_path, format="npz")[0]["embed"]["tokens"].dtype == "float16"
     with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
         fm.load(tmp_path, format="safetensors")
@@ -95,6 +103,19 @@ def test_orbax_that_others_wrote(case, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         theirs = checkpointer.restore(tmp_path / "ours" / "params", loaded.params)
     assert all(np.array_equal(fm.tree.flatten(theirs)[k], v) for k, v in fm.tree.flatten(loaded.params).items())
+
+
+def test_orbax_on_a_full_disk(case, tmp_path, monkeypatch):
+    """TensorStore's error is no ValueError of ours, which would say that the checkpoint is at fault."""
+    import orbax.checkpoint as ocp
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(OSError, match=r"orbax could not write .*No space left"):
+        fm.convert(case("llama/causal-lm").folder, tmp_path / "new", format="orbax")
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """
@@ -139,6 +160,38 @@ def test_another_conversion_starts_anew(case, tmp_path):
     (stage / "conversion.json").write_text("{}")
     (stage / "model.safetensors").write_bytes(b"of another")
     assert fm.convert(source, tmp_path / "new").resumed == 0
+
+
+def test_what_a_killed_run_left(case, tmp_path):
+    """Half a file is not in the new folder, and files that were made of another config, or of other leaves, are not used."""
+
+    def killed(source):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conversion, "copy_others", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fm.convert(source, tmp_path / "new", format="gguf")
+        (tmp_path / ".new.converting" / ".model.gguf.0a1b2c3d.tmp").write_bytes(b"half of it")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    source = tmp_path / "source"
+    fm.convert(case("llama/causal-lm").folder, source, format="orbax")
+    killed(source)
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 1
+    assert not list((tmp_path / "new").glob(".*"))
+    shutil.rmtree(tmp_path / "new")
+    killed(source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 77}))
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 0
+    assert read_folder(tmp_path / "new")[1]["llama.context_length"] == 77
+    shutil.rmtree(tmp_path / "new")
+    killed(source)
+    params, config = fm.load(source)
+    shutil.rmtree(source / "params")
+    fm.save(fm.cast(params, "float16"), config, source, format="orbax")
+    assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 0
 
 
 def test_a_file_that_comes_out_wrong_is_not_left(case, tmp_path, monkeypatch):

@@ -196,6 +196,19 @@ def test_converted(rows, tmp_path):
     assert {t.name: (t.tensor_type, t.data.tobytes()) for t in copied.tensors} == blocks
 
 
+def test_scales_that_one_added_rounds(rows, tmp_path):
+    """What `save` writes rounded, as llama.cpp's converter does, `convert` writes only where exactness is not asked for."""
+    loaded, _ = rows("gemma")
+    with pytest.raises(ValueError, match=r"format 'gguf' rounds \d+ tensors: .*verify=False \(--no-verify\)"):
+        fm.convert(loaded.folder, tmp_path / "new", format="gguf", from_format="safetensors")
+    assert not list(tmp_path.iterdir())
+    fm.convert(loaded.folder, tmp_path / "new", format="gguf", from_format="safetensors", verify=False)
+    fm.save(loaded.params, loaded.config, tmp_path / "saved", format="gguf")
+    (new, _), (saved, _) = (ours.read(tmp_path / name / "model.gguf") for name in ("new", "saved"))
+    assert new.keys() == saved.keys()
+    assert all(same(tensor.array(), saved[n].array()) for n, tensor in new.items())
+
+
 def test_quantised_files(rows, tmp_path):
     """q8_0 and q4_0 of llama.cpp: their numbers are dequantised, turned rows are turned before; copies have the same blocks."""
     loaded, _ = rows("mixtral")

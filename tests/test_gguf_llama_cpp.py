@@ -87,6 +87,8 @@ def test_tokens(kind, tmp_path):
     assert types[size:] == [gguf.TokenType.UNUSED] * 3
     assert types[tokens.index("<tool>")] == gguf.TokenType.USER_DEFINED
     assert types[tokens.index("<|end|>")] == gguf.TokenType.CONTROL
+    if (GOLDENS / kind / "added_tokens.json").exists():  # which does not say that a token is special
+        assert types[tokens.index("<|x|>")] == gguf.TokenType.USER_DEFINED
     if model == "llama":
         assert types[tokens.index("<0x0A>")] == gguf.TokenType.BYTE
     if model != "gpt2":

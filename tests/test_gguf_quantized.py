@@ -152,6 +152,27 @@ def test_kept_leaves_are_split_in_whole_blocks(rows):
     )
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+def test_fused_by_the_converter(name, rows, tmp_path):
+    """Files of `--fuse-qkv` and `--fuse-gate-up-exps`, as llama.cpp computes with them, are read as those of neither."""
+    loaded, path = rows(name, "q8_0")
+    tensors = gguf_files.convert(loaded.model, loaded.folder)
+    for layer in range(2):
+        for fused, parts, axis in (
+            ("attn_qkv.weight", ("attn_q.weight", "attn_k.weight", "attn_v.weight"), 0),
+            ("attn_qkv.bias", ("attn_q.bias", "attn_k.bias", "attn_v.bias"), 0),
+            ("ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight"), 1),
+        ):
+            if f"blk.{layer}.{parts[0]}" in tensors:
+                joined = np.concatenate([tensors.pop(f"blk.{layer}.{part}") for part in parts], axis)
+                tensors[f"blk.{layer}.{fused}"] = joined
+    kinds = {n: "q8_0" for n, a in tensors.items() if a.ndim > 1 and "gate_inp" not in n}
+    gguf_files.write(tmp_path / "fused.gguf", loaded.model, tensors, kinds)
+    params, config = fm.load(tmp_path / "fused.gguf", dequantize=False)
+    fm.save(params, config, tmp_path / "new", format="gguf")
+    assert contents(tmp_path / "new" / "model.gguf") == contents(path)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_written_as_q8_0(name, rows, tmp_path):
     """`save` and `convert` quantise what llama.cpp's converter does, to the bytes of gguf-py."""

@@ -8,6 +8,8 @@ first; blocks of quantised matrices lie along input axes and stay whole in both.
 * the scales of Gemma's norms have 1 added, in float32, and are rounded to multiples of 2⁻²⁴ or so by that: those of bfloat16
   are the same again if they are 0 or larger than 2⁻¹⁵, others are not bit for bit;
 * all experts of a layer are one tensor, and so are the norms of all heads;
+* its converter can put queries, keys and values, and the gate and up of experts, one after the other into one tensor, which
+  is read and not written;
 * factors of rotary frequencies are tensors, which `fmodels.dialects.gguf_config` reads; they are made from the config.
 
 Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
@@ -16,6 +18,7 @@ Source: gguf-py/gguf/tensor_mapping.py and conversion/*.py of llama.cpp.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +28,7 @@ import numpy as np
 
 from fmodels.dialects.gguf_config import config_from_gguf, metadata
 from fmodels.dialects.gguf_config import config_from_gguf as config
-from fmodels.dialects.gguf_names import Source, name_at, sources
+from fmodels.dialects.gguf_names import Source, name_at, parts_of, sources
 from fmodels.dialects.gguf_rope import factor_tensors, is_factor_tensor
 from fmodels.dialects.gguf_tokenizer import has_tokenizer, tokenizer_metadata
 from fmodels.models import Config, family
@@ -60,6 +63,7 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         ValueError: llama.cpp does not have the family; tensors have other shapes than the config says, all are listed.
     """
     weights = family(config).weights
+    tensors = _apart(tensors, config)
     found: dict[str, Tensor] = {}
     used: set[str] = {name for name in tensors if is_factor_tensor(name, config)}
     fitting: dict[str, Tensor] = {}
@@ -70,10 +74,8 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         if not held or any(n not in tensors for n in names):
             continue
         used.update(names)
-        size = place.sizes(config)
         for source, n in zip(held, names, strict=True):
-            want = rules.disk_shape(source.rule, size)
-            want = want if place.number is None else (size[place.rule.numbered], *want)
+            want = _shape(source, place, config)
             if (one := _with_axes(tensors[n], want)) is not None:
                 fitting[n] = one
             elif place.number in (None, 0):
@@ -86,6 +88,38 @@ def read(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
             f"load: {len(problems)} tensors of the GGUF file do not fit its metadata:\n  {listing(problems, sep='; ')}"
         )
     return {**found, **{name: tensor for name, tensor in tensors.items() if name not in used}}
+
+
+def _apart(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The tensors, those of `FUSED` apart where the family has them so; what does not fit stays, and is unexpected."""
+    found = dict(tensors)
+    fused = {name: parts for name in tensors if (parts := parts_of(name))}
+    if not fused:
+        return found
+    places = family(config).weights.places(config).values()
+    shapes = {
+        name_at(source, place): _shape(source, place, config)
+        for place in places
+        for source in sources(place.rule, config)
+    }
+    for name, parts in fused.items():
+        if name in shapes or any(part in tensors or part not in shapes for part in parts):
+            continue
+        axis = int("_exps." in name)
+        ends = [0, *itertools.accumulate(shapes[part][axis] for part in parts)]
+        first = shapes[parts[0]]
+        if tensors[name].shape == (*first[:axis], ends[-1], *first[axis + 1 :]):
+            whole = found.pop(name)
+            spans = zip(parts, itertools.pairwise(ends), strict=True)
+            found |= {part: ggml.some_rows(whole, part, axis, start, stop) for part, (start, stop) in spans}
+    return found
+
+
+def _shape(source: Source, place: Place, config: Config) -> tuple[int, ...]:
+    """That of the tensor in the file, of all experts or heads."""
+    size = place.sizes(config)
+    shape = rules.disk_shape(source.rule, size)
+    return shape if place.number is None else (size[place.rule.numbered], *shape)
 
 
 def _with_axes(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:

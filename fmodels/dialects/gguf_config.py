@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fmodels.dialects.gguf_names import names, of_family
+from fmodels.dialects.gguf_names import names, of_family, parts_of
 from fmodels.dialects.gguf_rope import (
     FACTORS,
     LONG,
@@ -121,6 +121,7 @@ class _Reader:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str, tensors: Mapping[str, Tensor]):
         self.metadata, self.prefix, self.tensors = metadata, f"{architecture}.", tensors
+        self.names = {*tensors, *(part for name in tensors for part in parts_of(name))}
         self.read: set[str] = set()
         self.problems: list[str] = []
         self.layers = 0
@@ -158,7 +159,7 @@ class _Reader:
         return float(value)
 
     def has(self, name: str) -> bool:
-        return name in self.tensors or any(f"blk.{i}.{name}" in self.tensors for i in range(min(self.layers, 1024)))
+        return name in self.names or any(f"blk.{i}.{name}" in self.names for i in range(min(self.layers, 1024)))
 
     def fields(self, kind: type[Config]) -> dict[str, Any]:
         """The fields of the config."""

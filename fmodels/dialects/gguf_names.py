@@ -6,6 +6,7 @@ Source: gguf-py/gguf/tensor_mapping.py of llama.cpp.
 from __future__ import annotations
 
 import functools
+import re
 from typing import NamedTuple
 
 from fmodels import schema
@@ -48,6 +49,13 @@ NAMES = {
 
 TOGETHER = {JOINED: "blk.{l}.attn_qkv", ("layers.mlp.gate", "layers.mlp.up"): "blk.{l}.ffn_up"}
 """Leaves that lie in one tensor in GGUF, too, where they do in PyTorch."""
+
+
+FUSED = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+"""What llama.cpp's converter may write (`--fuse-qkv`, `--fuse-gate-up-exps`) -> the tensors whose rows it has one after the other."""
 
 
 class Source(NamedTuple):
@@ -116,6 +124,17 @@ def _of_kind(rule: Rule, kind: type[Config]) -> list[Source]:
 def _layout(stem: str, suffix: str) -> str | None:
     """How a leaf lies in GGUF: as it is, heads together."""
     return LAYOUTS.get(stem, (None, None))[suffix == ".bias"]
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The tensors that one of `FUSED` holds; none of another.
+
+    Example:
+        >>> parts_of("blk.0.ffn_gate_up_exps.weight"), parts_of("output.weight")
+        (('blk.0.ffn_gate_exps.weight', 'blk.0.ffn_up_exps.weight'), ())
+    """
+    found = re.fullmatch(r"(blk\.\d+\.)(\w+)(\.\w+)", name)
+    return tuple(f"{found[1]}{part}{found[3]}" for part in FUSED.get(found[2], ())) if found else ()
 
 
 def name_at(source: Source, place: Place) -> str:

@@ -75,23 +75,30 @@ def _vocabulary(folder: Path, tokenizer: Mapping[str, Any]) -> Vocabulary:
 
 
 def _added(folder: Path, tokenizer: Mapping[str, Any], options: Mapping[str, Any]) -> dict[int, Piece]:
-    """Number -> token, of those that were added to a vocabulary, or that have another meaning than it says."""
+    """Number -> token, of those that were added to a vocabulary, or that have another meaning than it says.
+
+    What added_tokens.json alone names is text as it stands, whatever it looks like.
+    """
+    found: dict[int, Piece] = {}
     if tokenizer:
         entries = [(token.get("id"), token) for token in mappings(tokenizer.get("added_tokens"))]
     else:
-        beside = _read(folder / "added_tokens.json")
-        entries = [(number, {"content": text}) for text, number in beside.items()]
+        for text, number in _read(folder / "added_tokens.json").items():
+            found[_number(number, text)] = Piece(text, USER_DEFINED, ADDED)
         decoder = mapping(options.get("added_tokens_decoder")).items()
-        entries += [(int(number) if number.isdecimal() else number, mapping(token)) for number, token in decoder]
-    found: dict[int, Piece] = {}
+        entries = [(int(number) if number.isdecimal() else number, mapping(token)) for number, token in decoder]
     for number, token in entries:
         text = str(token.get("content"))
-        if type(number) is not int:
-            raise ValueError(f"its added token {text!r} is {brief(number)}, no number")
         control = token.get("special") or _looks_special(text)
         kind = CONTROL if control else USER_DEFINED
-        found[number] = Piece(text if control else text.replace(SPACE, " "), kind, ADDED)
+        found[_number(number, text)] = Piece(text if control else text.replace(SPACE, " "), kind, ADDED)
     return found
+
+
+def _number(number: object, text: str) -> int:
+    if type(number) is not int:
+        raise ValueError(f"its added token {text!r} is {brief(number)}, no number")
+    return number
 
 
 def _filled(vocabulary: Vocabulary, added: Mapping[int, Piece], size: int) -> list[Piece]:

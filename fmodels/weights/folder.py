@@ -7,6 +7,7 @@ one system call. A process that is killed leaves the old folder or the new one, 
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,8 @@ from fmodels.weights.formats import (
     read_file,
 )
 from fmodels.weights.tensors import Tensor, brief, listing, parse_json, replacing
+
+logger = logging.getLogger("fmodels")
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -84,12 +87,16 @@ def read_folder(
     if not folder.is_dir():
         kind = "a file; use read_file" if folder.exists() else "not there; check the path"
         raise FileNotFoundError(f"read: expected a folder of weights, {str(folder)!r} is {kind}")
-    there = find_weights(os.listdir(folder), variant, format)
+    names = os.listdir(folder)
+    there = find_weights(names, variant, format)
     if there is None:
         found = sorted({path.name for pattern in OTHERS for path in folder.glob(pattern)})
-        hint = f"; there is {listing(found)}, convert it first" if found else ""
+        hint = f"; there is {listing(found)}, whose path may be given if it holds the weights" if found else ""
         raise FileNotFoundError(f"read: {str(folder)!r} has none of {', '.join(candidates(variant, format))}{hint}")
     kind, name = FORMATS[there[0]], there[1]
+    others = [one for one, other in FORMATS.items() if other is not kind and other.find(names, variant)]
+    if others and format is None:
+        logger.info("read: %r is read as %r; format= takes one of %s", str(folder), there[0], ", ".join(others))
     if kind.directory:
         tensors, metadata = kind.read(folder / name)
         return tensors, {"format": kind.dialect, **metadata}

@@ -173,6 +173,15 @@ def part(tensor: Tensor, index: int) -> Tensor:
     return Tensor.in_file(tensor.name, tensor.dtype, shape, tensor.file, offset)
 
 
+def some_rows(tensor: Tensor, name: str, axis: int, start: int, stop: int) -> Tensor:
+    """The part of a tensor from `start` to `stop` along an axis, which is not the last of what is quantised."""
+    if isinstance(tensor, Blocks) and tensor.packed is not None:
+        return Blocks.of(name, tensor.type, some_rows(tensor.packed, name, axis, start, stop))
+    shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
+    at = (*(slice(None),) * axis, slice(start, stop))
+    return Tensor.lazy(name, tensor.dtype, shape, lambda: tensor.array()[at])
+
+
 def rows(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """The tensor with its rows in another order; `change` works on bytes where it is quantised."""
     if isinstance(tensor, Blocks) and tensor.packed is not None:
@@ -185,19 +194,28 @@ def quantize_q8_0(array: np.ndarray) -> np.ndarray:
 
     Args:
         array: `(… k)`, floating; k is a multiple of 32.
+
+    Raises:
+        ValueError: there are numbers whose scale float16 cannot hold.
     """
     blocks = np.ascontiguousarray(array).reshape(-1, 32)
     packed = np.empty((len(blocks), 34), np.uint8)
     for part in _chunks(len(blocks), 32):
         wide = blocks[part].astype(np.float32, copy=False)
         scale = np.abs(wide).max(axis=1, keepdims=True) / np.float32(127)
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(
+                f"array: q8_0 holds numbers up to 8319008, got {scale.max() * 127:g}; use bfloat16 or float32 for this model"
+            )
         with np.errstate(divide="ignore"):
             inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
         wanted = wide * inverse
         size = np.abs(wanted)
         floor = np.floor(size)  # halves are rounded away from zero, as by roundf
         rounded = np.sign(wanted) * (floor + np.floor(2 * (size - floor)))
-        packed[part, :2] = scale.astype(np.float16).view(np.uint8)
+        packed[part, :2] = half.view(np.uint8)
         packed[part, 2:] = rounded.astype(np.int8).view(np.uint8)
     return packed.reshape(*array.shape[:-1], -1)
 

@@ -201,7 +201,7 @@ def write(
     """
     if wrong := [f"{name!r} is {t.dtype}" for name, t in tensors.items() if t.dtype not in CODES]:
         raise ValueError(f"write: npz has {' '.join(str(d) for d in CODES)}; {listing(wrong)}; cast them")
-    dtypes = {name: t.dtype.name for name, t in tensors.items() if t.dtype.kind == "V" or t.dtype.isbuiltin != 1}
+    dtypes = {name: t.dtype.name for name, t in tensors.items() if _is_foreign(t.dtype)}
     with replacing(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         entry = zipfile.ZipInfo(METADATA)  # its date is fixed: the same tensors give the same bytes
         archive.writestr(entry, json.dumps({**(metadata or {}), "dtypes": dtypes}))
@@ -218,15 +218,19 @@ def write(
                 advance(tensor.nbytes)
 
 
+def _is_foreign(dtype: np.dtype) -> bool:
+    """Whether numpy has the dtype from a library; not so h5py's copies of its own, for which `isbuiltin` is 0."""
+    return dtype.isbuiltin == 2
+
+
 def _padding(count: int) -> bytes:
     return b"\xda\xda" + count.to_bytes(2, "little") + bytes(count)
 
 
 def _header(tensor: Tensor) -> bytes:
     stream = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(
-        np.dtype(f"V{tensor.dtype.itemsize}") if tensor.dtype.isbuiltin != 1 else tensor.dtype
-    )
+    stored = np.dtype(f"V{tensor.dtype.itemsize}") if _is_foreign(tensor.dtype) else tensor.dtype
+    descr = np.lib.format.dtype_to_descr(stored)
     fields = {"descr": descr, "fortran_order": False, "shape": tensor.shape}
     np.lib.format.write_array_header_1_0(stream, fields)
     return stream.getvalue()

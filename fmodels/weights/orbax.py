@@ -124,6 +124,7 @@ def write(
 
     Raises:
         ValueError: a dtype that other formats do not have.
+        OSError: it cannot be written.
         ImportError: orbax is not installed.
     """
     import orbax.checkpoint as ocp
@@ -148,8 +149,11 @@ def write(
             inner[last] = array
             if advance is not None:
                 advance(tensor.nbytes)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, _with_lists(tree))
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, _with_lists(tree))
+        except ValueError as error:  # by which TensorStore says that the disk is full
+            raise OSError(f"write: orbax could not write {str(path)!r}: {error}") from None
 
 
 def _with_lists(tree: Any) -> Any:

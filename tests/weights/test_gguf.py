@@ -49,6 +49,10 @@ def test_q8_0_has_the_bits_of_the_package():
     x = np.concatenate([X, np.zeros((1, 64), np.float32), np.full((1, 64), 1e-30, np.float32), X * 1e4])
     x[0, :4] = [127, 0.5, -1.5, 2.5]  # halves are rounded away from zero
     assert bits(ggml.quantize_q8_0(x)) == bits(gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0))
+    for large in (8.4e6, np.inf, np.nan):  # which the package writes as numbers that are none
+        x[3, 40] = large
+        with pytest.raises(ValueError, match="q8_0 holds numbers up to 8319008, got"):
+            ggml.quantize_q8_0(x)
 
 
 @pytest.fixture(scope="module")
