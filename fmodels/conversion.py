@@ -185,9 +185,12 @@ def _renamed(tensors: Mapping[str, Tensor], planned: Plan, config: Config) -> tu
 
 
 def _files(source: Path) -> list[Path]:
-    """The files that a conversion of `source` may read: its own, and those in the folder of its config."""
-    own = source.rglob("*") if source.is_dir() else ()
-    return sorted({path for path in (*own, *checkpoint.folder_of(source).iterdir()) if path.is_file()})
+    """The files that a conversion of `source` may read: those in the folder of its config, and in folders that are weights."""
+    folder = checkpoint.folder_of(source)
+    trees = [folder / kind.single() for kind in FORMATS.values() if kind.directory]
+    trees += [source] if source.is_dir() and source != folder else []
+    found = {*folder.iterdir(), *(path for tree in trees for path in tree.rglob("*"))}
+    return sorted(path for path in found if path.is_file())
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
