@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import tensorflow as tf
 
+import fmodels as fm
 from interop.tensorflow.model import TFModel
 
 
+@tf.keras.utils.register_keras_serializable(package="fmodels")
 class TFLayer(tf.keras.layers.Layer):
     """A layer that runs a `TFModel`; both have the same variables, so that what is trained in one is so in the other.
 
     Keras has the weights under transformers' names with dots. Change the model (its vocabulary, heads, dtype) before the layer
     is made: its new variables would not be those that Keras trains, which `call` refuses. Keras' mixed precision does not
-    reach into it: the dtypes of the model's variables say what is computed in which.
+    reach into it: the dtypes of the model's variables say what is computed in which. A `.keras` file of a network with it can be
+    loaded where this module has been imported; it holds the weights once more, so that `TFModel.save_pretrained` is for the rest.
 
     Args:
         model: the model; its variables become those of Keras.
@@ -49,6 +54,29 @@ class TFLayer(tf.keras.layers.Layer):
         own = {name: variable for name, variable in shared.items() if name in model.named_variables}
         model._take(own, {name: variable for name, variable in shared.items() if name not in own})
         self.built = True
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes the layer of: the model's config, and the shapes and dtypes of its variables.
+
+        Raises:
+            NotImplementedError: the model has adapters.
+        """
+        if self.model.adapter_variables:
+            raise NotImplementedError("TFLayer: a model with adapters is not described; save it with save_pretrained")
+        base = {name: value for name, value in super().get_config().items() if name != "dtype"}
+        variables = {name: [v.dtype.name, *v.shape] for name, v in self.model.named_variables.items()}
+        config = json.dumps(self.model.config.to_hf())
+        return {**base, "output": self.output_field, "model_config": config, "variables": variables}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The layer with zeros for weights, which Keras then reads."""
+        options = {**config}
+        data = json.loads(options.pop("model_config"))
+        own = fm.models.FAMILIES[data["model_type"]].config.from_hf(data)
+        shapes = options.pop("variables")
+        zeros = {n: np.zeros(shape, tf.as_dtype(dtype).as_numpy_dtype) for n, (dtype, *shape) in shapes.items()}
+        return cls(TFModel(fm.from_disk(zeros, own), own), **options)
 
     def call(self, inputs: Any) -> tf.Tensor:
         """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`.

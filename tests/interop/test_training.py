@@ -123,6 +123,22 @@ def test_mixed_precision_of_keras_changes_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras with numpy 2
+def test_a_file_of_keras_is_loaded(tmp_path):
+    model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
+    layer = TFLayer(model, name="body", trainable=False)
+    network = tf.keras.Sequential([tf.keras.Input((4,), dtype="int32"), layer, tf.keras.layers.Dense(2)])
+    network.save(tmp_path / "network.keras")
+    again = tf.keras.models.load_model(tmp_path / "network.keras")
+    np.testing.assert_array_equal(again.predict(tokens, verbose=0), network.predict(tokens, verbose=0))
+    assert again.get_layer("body").model.config == model.config
+    assert len(again.trainable_weights) == len(network.trainable_weights) == 2
+    model.add_adapter({"r": 2, "target_modules": ["c_attn"]}, seed=0)
+    with pytest.raises(NotImplementedError, match="with adapters"):
+        TFLayer(model).get_config()
+
+
+@pytest.mark.slow
 def test_fit_of_keras_trains_an_adapter_alone():
     model, tokens = LIBRARIES["tensorflow"].model(GPT2), TOKENS.astype(np.int32)
     model.add_adapter({"r": 2, "target_modules": ["c_attn"]}, seed=0)
