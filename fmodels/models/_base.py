@@ -293,16 +293,17 @@ class Config:
             ValueError: it names none, several, or one that is not supported.
         """
         known = {name: task for task, name in cls.ARCHITECTURES.items()}
+        every = {**known, **cls.OTHERS}
         if not architectures:
             raise ValueError(
                 f"load: config.json of this {cls.model_type} model has no 'architectures'; pass task=, one of {', '.join(known.values())}"
             )
-        if architectures[0] not in {**known, **cls.OTHERS}:
+        if architectures[0] not in every:
             raise ValueError(
                 f"load: architecture {architectures[0]!r} is not supported for {cls.model_type}; supported are "
                 f"{', '.join(known)}. Pass task=, one of {', '.join(known.values())}, to load it as another."
             )
-        return {**known, **cls.OTHERS}[architectures[0]]
+        return every[architectures[0]]
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` reads back to an equal config, in the form of transformers 5."""
