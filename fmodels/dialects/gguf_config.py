@@ -72,7 +72,7 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 
 FREE = frozenset(
     """task initializer_range num_labels labels router_aux_loss_coef summary_type summary_activation multi_query
-    rope local_rope sliding_window layer_types use_sliding_window max_window_layers sliding_window_pattern no_rope_layers
+    rope local_rope sliding_window layer_types use_sliding_window max_window_layers period no_rope_layers
     no_rope_layer_interval""".split()
 )
 """Fields that change no number of a language model, or whose meaning `kinds` has."""

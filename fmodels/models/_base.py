@@ -22,7 +22,7 @@ from fmodels.weights.rules import Weights
 IRRELEVANT = frozenset(
     """_name_or_path name_or_path transformers_version use_cache return_dict return_dict_in_generate torchscript
     output_attentions output_hidden_states output_scores attn_implementation _attn_implementation
-    _attn_implementation_autoset attn_implementation_internal experts_implementation use_bfloat16 problem_type
+    _attn_implementation_autoset _sliding_window_pattern attn_implementation_internal experts_implementation use_bfloat16 problem_type
     finetuning_task task_specific_params tokenizer_class prefix sep_token_id cls_token_id mask_token_id unk_token_id
     decoder_start_token_id chunk_size_feed_forward gradient_checkpointing auto_map model_max_length
     do_sample early_stopping max_length min_length num_beams num_beam_groups diversity_penalty temperature top_k top_p
@@ -30,7 +30,7 @@ IRRELEVANT = frozenset(
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_new_tokens
     output_past unsloth_fixed unsloth_version trl_version peft_version license language datasets metrics pipeline_tag
-    adapters custom_pipelines eos_token_ids name sbert_ce_default_activation_function sentence_transformers
+    adapters custom_pipelines eos_token_ids name sbert_ce_default_activation_function cache_implementation sentence_transformers
     transformers.js_config xla_device""".split()
 )
 """Keys of a config.json that change no number that `forward` computes; they are kept and written back."""
@@ -45,6 +45,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "tie_last_hidden_states": (None,),
     "rope_interleaved": (None, False),
+    "partial_rotary_factor": (None, 1.0),
     "tf_legacy_loss": (False,),
     "layer_types": (None,),
     "sliding_window": (None,),
@@ -58,7 +59,7 @@ SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schem
 """Fields that are sizes of axes."""
 
 
-NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window")
+NULLS = ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "attention_cap", "logit_cap")
 """Fields in which null says that there is none, and not that the default holds."""
 
 NOT_NULL = ("hidden_size", "num_heads", "decoder_num_heads")
@@ -118,8 +119,6 @@ class Config:
     """Field -> key of config.json."""
     IRRELEVANT: ClassVar[frozenset[str]] = frozenset()
     DEFAULTS: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    NULLS: ClassVar[tuple[str, ...]] = ()
-    """Fields of the family in which null says that there is none."""
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Other spelling of a key of config.json -> its own."""
     ARCHITECTURES: ClassVar[Mapping[str, str]]
@@ -241,7 +240,7 @@ class Config:
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
                 continue
             if key in spelling:
-                if value is not None or spelling[key] in (*NULLS, *cls.NULLS):
+                if value is not None or spelling[key] in NULLS:
                     fields[spelling[key]] = tuple(value) if isinstance(value, list) else value
             elif key == "id2label":
                 if value:

@@ -63,6 +63,13 @@ HEAD_NORMS = {
 }
 """The leaves of the norms of queries and keys, and their names."""
 
+NORMS_AROUND = {
+    "layers.attention_after_norm": "layers.{l}.post_attention_layernorm",
+    "layers.mlp_norm": "layers.{l}.pre_feedforward_layernorm",
+    "layers.mlp_after_norm": "layers.{l}.post_feedforward_layernorm",
+}
+"""The leaves of norms in families that have them on both sides of the blocks, and their names."""
+
 LAYOUTS: Mapping[str, tuple[str, str | None]] = {
     "layers.attention.query": ("(h k) d", "(h k)"),
     "layers.attention.key": ("(g k) d", "(g k)"),

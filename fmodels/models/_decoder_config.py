@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from fmodels.models._base import Config as BaseConfig
-from fmodels.models._rope import OWN_KEYS, read_rope, rotated, write_rope
+from fmodels.models._rope import OWN_KEYS, TYPES, read_rope, read_ropes, rotated, write_rope, write_ropes
 from fmodels.nn.experts import Routing
 from fmodels.nn.positions import Rope
 
@@ -82,6 +82,10 @@ class Config(BaseConfig):
     """Whether a token sees only those before it; else windows reach half as far, in both directions."""
     parallel: ClassVar[bool] = False
     """Whether both blocks read the same input; then one norm may serve both."""
+    period: ClassVar[int] = 0
+    """Of how many layers one sees everything, and the others have a window; 0 where all have it, if there is one."""
+    local_rope: ClassVar[Rope | None] = None
+    """Rotary settings of the layers with a window, where they are not the others'."""
     rotary: ClassVar[bool] = True
     """Whether queries and keys are rotated."""
     interleaved: ClassVar[bool] = False
@@ -199,17 +203,14 @@ class Config(BaseConfig):
 
     @property
     def own_types(self) -> tuple[str, ...]:
-        """The `layer_types` where config.json does not say them: all have the window, if there is one."""
-        return ("sliding_attention",) * self.num_layers
-
-    def full_every(self, period: int) -> tuple[str, ...]:
-        """The `own_types` of families of whose layers every `period`-th sees everything."""
-        types = ("sliding_attention",) * (period - 1) + ("full_attention",)
-        return (types * self.num_layers)[: self.num_layers]
+        """The `layer_types` where config.json does not say them: of each `period`, the last sees everything."""
+        full = (self.period and (i + 1) % self.period == 0 for i in range(self.num_layers))
+        return tuple("full_attention" if one else "sliding_attention" for one in full)
 
     def kind(self, full: bool) -> Kind:
         """Of the layers that see everything, or of the others."""
-        return Kind(None if full else self.sliding_window, self.rope if self.rotary else None)
+        rope = self.rope if full or self.local_rope is None else self.local_rope
+        return Kind(None if full else self.sliding_window, rope if self.rotary else None)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -233,15 +234,18 @@ class Config(BaseConfig):
             problems.append(f"{names[0]}={hidden} is not a multiple of {names[1]}={heads}")
         if cls.rotary is False:
             return set()
-        fields["rope"] = read_rope(
-            data,
-            problems,
-            head_dim=data.get("head_dim") or fields["head_dim"],
-            max_positions=data.get("max_position_embeddings", cls.max_positions),
-            default=cls.rope,
-            partial=cls.partial,
-        )
-        return {*OWN_KEYS}
+        sizes: Any = {
+            "head_dim": data.get("head_dim") or fields["head_dim"],
+            "max_positions": data.get("max_position_embeddings", cls.max_positions),
+        }
+        if cls.local_rope is None:
+            fields["rope"] = read_rope(data, problems, default=cls.rope, partial=cls.partial, **sizes)
+            return {*OWN_KEYS}
+        bases = data.get("rope_theta") or cls.rope.theta, data.get("rope_local_base_freq") or cls.local_rope.theta
+        fields["rope"], fields["local_rope"] = read_ropes(data, problems, bases, scaled=TYPES[:1], **sizes)
+        return {"rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"}
 
     def write_special(self) -> dict[str, Any]:
+        if self.local_rope is not None:
+            return write_ropes(self.rope, self.local_rope)
         return write_rope(self.rope, partial=self.partial) if self.rotary else {}

@@ -37,6 +37,7 @@ class Config(gemma.Config):
     gguf: ClassVar[Gguf | None] = Gguf(
         "gemma2", fields=WINDOW | CAPS, fixed=TIED | {"query_pre_attn_scalar": scaled_by(46)}
     )
+    period: ClassVar[int] = 2
     HF: ClassVar[Mapping[str, str]] = {
         **gemma.Config.HF,
         **_decoder.WINDOWS,
@@ -46,28 +47,14 @@ class Config(gemma.Config):
         "logit_cap": "final_logit_softcapping",
     }
     # sliding_window_size repeats sliding_window, and transformers does not read it.
-    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {
-        "hidden_act", "cache_implementation", "sliding_window_size",
-    }  # fmt: skip
-    NULLS: ClassVar[tuple[str, ...]] = ("attention_cap", "logit_cap")
+    IRRELEVANT: ClassVar[frozenset[str]] = _decoder.Config.IRRELEVANT | {"hidden_act", "sliding_window_size"}
     ARCHITECTURES: ClassVar[Mapping[str, str]] = _decoder.architectures("Gemma2", *_decoder.CLASSIFIERS)
 
     @property
     def attention_scale(self) -> float | None:
         return self.query_pre_attn_scalar**-0.5
 
-    @property
-    def own_types(self) -> tuple[str, ...]:
-        return self.full_every(2)
 
-
-NAMES = {
-    "layers.attention_after_norm": "layers.{l}.post_attention_layernorm",
-    "layers.mlp_norm": "layers.{l}.pre_feedforward_layernorm",
-    "layers.mlp_after_norm": "layers.{l}.post_feedforward_layernorm",
-}
-"""The leaves of norms that Llama has elsewhere or not, and their names."""
-
-WEIGHTS = _decoder.weights(_decoder.renamed(NAMES))
+WEIGHTS = _decoder.weights(_decoder.renamed(_decoder.NORMS_AROUND))
 
 FAMILY = _decoder.family(Config, WEIGHTS)

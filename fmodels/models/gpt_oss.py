@@ -52,6 +52,7 @@ class Config(_mixture.Config):
     eos_token_id: int | tuple[int, ...] | None = None
 
     model_type: ClassVar[str] = "gpt_oss"
+    period: ClassVar[int] = 2
     own_head_dim: ClassVar[bool] = True
     HF: ClassVar[Mapping[str, str]] = {
         **_mixture.Config.HF,
@@ -67,10 +68,6 @@ class Config(_mixture.Config):
     @property
     def expert_clamp(self) -> tuple[float, float] | None:
         return self.swiglu_alpha, self.swiglu_limit
-
-    @property
-    def own_types(self) -> tuple[str, ...]:
-        return self.full_every(2)
 
     @classmethod
     def read_special(cls, data: Mapping[str, Any], fields: dict[str, Any], problems: list[str]) -> set[str]:

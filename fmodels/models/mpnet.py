@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from fmodels.models import _encoder, roberta
 from fmodels.models._base import without
-from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,33 +36,20 @@ class Config(roberta.Config):
         return 1  # whatever pad_token_id is
 
 
-ATTENTION = {
-    "attention.self.query": "attention.attn.q",
-    "attention.self.key": "attention.attn.k",
-    "attention.self.value": "attention.attn.v",
-    "attention.output.dense": "attention.attn.o",
-    "attention.output.LayerNorm": "attention.LayerNorm",
+LAYER = {
+    "encoder.layer.{l}.attention.attn.q": "layers.attention.query",
+    "encoder.layer.{l}.attention.attn.k": "layers.attention.key",
+    "encoder.layer.{l}.attention.attn.v": "layers.attention.value",
+    "encoder.layer.{l}.attention.attn.o": "layers.attention.output",
+    "encoder.layer.{l}.attention.LayerNorm": "layers.attention_norm",
+    **{name: leaf for name, leaf in _encoder.LAYER.items() if "mlp" in leaf},
 }
-"""BERT's names and these."""
+"""BERT's, with other names of the attention's."""
 
-
-def _own(name: str) -> str:
-    for theirs, own in ATTENTION.items():
-        name = name.replace(theirs, own)
-    return name
-
-
-WEIGHTS = _encoder.weights(
+WEIGHTS = roberta.weights(
     "mpnet",
-    (
-        *_encoder.rules({k: v for k, v in _encoder.EMBEDDINGS.items() if v != "embed.types"}),
-        *_encoder.rules({_own(k): v for k, v in _encoder.LAYER.items()}),
-        *_encoder.rules({"encoder.relative_attention_bias": "embed.distances"}),
-        *roberta.HEADS,
-    ),
-    decoder="lm_head.decoder",
-    bias="lm_head.bias",
-    tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
+    *_encoder.rules({name: leaf for name, leaf in _encoder.EMBEDDINGS.items() if leaf != "embed.types"}),
+    *_encoder.rules(LAYER | {"encoder.relative_attention_bias": "embed.distances"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)

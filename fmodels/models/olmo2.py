@@ -36,9 +36,8 @@ WEIGHTS = _decoder.weights(
             "layers.attention.query_norms": "layers.{l}.self_attn.q_norm",
             "layers.attention.key_norms": "layers.{l}.self_attn.k_norm",
             "layers.attention_norm": None,
+            **_decoder.NORMS_AROUND,
             "layers.mlp_norm": None,
-            "layers.attention_after_norm": "layers.{l}.post_attention_layernorm",
-            "layers.mlp_after_norm": "layers.{l}.post_feedforward_layernorm",
         }
     )
 )

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from fmodels.models import _encoder
 from fmodels.models._encoder import head
-from fmodels.weights.rules import Rule, TensorFlow
+from fmodels.weights.rules import Rule, TensorFlow, Weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,18 @@ HEADS: tuple[Rule, ...] = (
     *head("qa_outputs", "classifier", "question-answering"),
 )
 
-WEIGHTS = _encoder.weights(
-    "roberta",
-    (*_encoder.rules(EMBEDDINGS | _encoder.LAYER), *HEADS),
-    decoder="lm_head.decoder",
-    bias="lm_head.bias",
-    tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
-)
+
+def weights(prefix: str, *base: Rule) -> Weights:
+    """The layout map of a base model of these rules with RoBERTa's heads."""
+    return _encoder.weights(
+        prefix,
+        (*base, *HEADS),
+        decoder="lm_head.decoder",
+        bias="lm_head.bias",
+        tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
+    )
+
+
+WEIGHTS = weights("roberta", *_encoder.rules(EMBEDDINGS | _encoder.LAYER))
 
 FAMILY = _encoder.family(Config, WEIGHTS)

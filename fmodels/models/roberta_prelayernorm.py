@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fmodels.models import _encoder, roberta
-from fmodels.weights.rules import TensorFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,20 +31,13 @@ NORMS = {
 
 BLOCKS = {name: leaf for name, leaf in _encoder.LAYER.items() if leaf not in NORMS.values()}
 
-
-WEIGHTS = _encoder.weights(
+WEIGHTS = roberta.weights(
     "roberta_prelayernorm",
-    (
-        *_encoder.rules(roberta.EMBEDDINGS),
-        *_encoder.rules({name: leaf for name, leaf in BLOCKS.items() if "attention" in leaf}),
-        *_encoder.rules(NORMS),
-        *_encoder.rules({name: leaf for name, leaf in BLOCKS.items() if "mlp" in leaf}),
-        *_encoder.rules({"LayerNorm": "final_norm"}),
-        *roberta.HEADS,
-    ),
-    decoder="lm_head.decoder",
-    bias="lm_head.bias",
-    tensorflow=TensorFlow(holds={"lm_head": "/embeddings/"}),
+    *_encoder.rules(roberta.EMBEDDINGS),
+    *_encoder.rules({name: leaf for name, leaf in BLOCKS.items() if "attention" in leaf}),
+    *_encoder.rules(NORMS),
+    *_encoder.rules({name: leaf for name, leaf in BLOCKS.items() if "mlp" in leaf}),
+    *_encoder.rules({"LayerNorm": "final_norm"}),
 )
 
 FAMILY = _encoder.family(Config, WEIGHTS)
