@@ -37,6 +37,13 @@ def test_logits(name, tmp_path):
     assert got.argmax(-1).tolist() == want["likeliest"]
 
 
+def test_alignment_is_the_default(tmp_path):
+    """What llama.cpp's own quantiser makes of a file with another it cannot read: it keeps the key, and aligns to 32."""
+    fm.save(*gguf_files.drawn("llama", *ROWS["llama"]), tmp_path, format="gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.alignment == 32 and "general.alignment" not in reader.fields
+
+
 def size_of(folder):
     """Of the vocabulary with what was added."""
     model = next(folder.glob("*.model"), None)

@@ -77,8 +77,6 @@ FREE = frozenset(
 )
 """Fields that change no number of a language model, or whose meaning `kinds` has."""
 
-ALIGNMENT = 64  # bytes: what XLA wants of an array that it takes without a copy
-
 
 def config_from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], *, task: str | None = None) -> Config:
     """The config of the model in a GGUF file.
@@ -193,7 +191,7 @@ class _Reader:
         found |= self._tokens()
         if getattr(kind, "rotary", False) is not False:
             found["rope"] = self._rope(kind, found)
-        if hasattr(kind, "local_rope"):
+        if getattr(kind, "local_rope", None) is not None:
             found["local_rope"] = Rope(theta=self.real("rope.freq_base_swa", 10000.0) or 10000.0)
         return found
 
@@ -316,7 +314,7 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
     }  # fmt: skip
     values |= {key: getattr(config, field) for field, key in own.fields.items()}
     values |= rope_values(config)
-    found: dict[str, Any] = {"general.architecture": own.architecture, "general.alignment": np.uint32(ALIGNMENT)}
+    found: dict[str, Any] = {"general.architecture": own.architecture}
     found |= {f"{own.architecture}.{key}": _typed(value) for key, value in values.items() if value is not None}
     ends = dict(zip(ENDS, config.eos_token_ids, strict=False))
     tokens = {TOKENS["bos_token_id"]: config.bos_token_id, **ends, TOKENS["pad_token_id"]: config.pad_token_id}
@@ -327,8 +325,8 @@ def metadata(config: Config, given: Mapping[str, Any] | None = None) -> dict[str
             f"{config.model_type} model:\n  " + "\n  ".join(differences) + "\nSave it in another format."
         )
     kept = {key: value for key, value in (given or {}).items() if not key.startswith(f"{own.architecture}.")}
-    first = {"general.alignment"}  # what `given` knows better: where a tokenizer puts a start token, it is its own
-    first |= {TOKENS["bos_token_id"]} if kept.get("tokenizer.ggml.add_bos_token") else set()
+    # What `given` knows better: where a tokenizer puts a start token, it is its own.
+    first = {TOKENS["bos_token_id"]} if kept.get("tokenizer.ggml.add_bos_token") else set()
     return {
         **found,
         "tokenizer.ggml.model": "none",

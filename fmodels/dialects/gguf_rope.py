@@ -69,8 +69,9 @@ def rope_values(config: Config) -> dict[str, Any]:
         found |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
     if rope.type == "longrope":
         found |= {"rope.scaling.attn_factor": attention_factor(rope, config.max_positions)}
-    if hasattr(config, "local_rope"):
-        found |= {"rope.freq_base_swa": float(getattr(config, "local_rope").theta)}  # noqa: B009
+    local: Rope | None = getattr(config, "local_rope", None)
+    if local is not None:
+        found |= {"rope.freq_base_swa": float(local.theta)}
     return found
 
 

@@ -1,7 +1,8 @@
 """The types of elements that GGUF files have: plain numbers, and blocks of numbers that share their scales.
 
-Dequantised here, in numpy, are q4_0, q4_1, q5_0, q5_1, q8_0 and q2_k to q6_k, and quantised is q8_0, all with the bits of the
-package `gguf`; the other types (iq*, tq*, mxfp4, nvfp4) are left to that package, which is imported only for them.
+Dequantised here, in numpy, are q1_0, q2_0, q4_0, q4_1, q5_0, q5_1, q8_0 and q2_k to q8_k, and quantised is q8_0, with the
+bits of the package `gguf`, or of llama.cpp for those that the package cannot; the other types (iq*, tq*, mxfp4, nvfp4) are left
+to that package, which is imported only for them. llama.cpp itself cannot dequantise q8_1, which no file has.
 Source: ggml/src/ggml-quants.c of llama.cpp and its gguf-py/gguf/quants.py.
 """
 
@@ -50,6 +51,7 @@ TYPES: dict[str, Type] = {
     "q4_k": Type(12, 256, 144),
     "q5_k": Type(13, 256, 176),
     "q6_k": Type(14, 256, 210),
+    "q8_k": Type(15, 256, 292),
     "iq2_xxs": Type(16, 256, 66),
     "iq2_xs": Type(17, 256, 74),
     "iq3_xxs": Type(18, 256, 98),
@@ -69,6 +71,8 @@ TYPES: dict[str, Type] = {
     "tq2_0": Type(35, 256, 66),
     "mxfp4": Type(39, 32, 17),
     "nvfp4": Type(40, 64, 36),
+    "q1_0": Type(41, 128, 18),
+    "q2_0": Type(42, 64, 18),
 }
 """Name, in lower case -> type."""
 
@@ -261,6 +265,14 @@ def _scaled(b: np.ndarray, start: int, scales: np.ndarray) -> np.ndarray:
     return (_halfs(b, start) * scales.astype(np.float32))[..., None]
 
 
+def _q1_0(b: np.ndarray) -> np.ndarray:
+    return np.where(_bits(b[:, 2:], 1, 1), _halfs(b, 0), -_halfs(b, 0))
+
+
+def _q2_0(b: np.ndarray) -> np.ndarray:
+    return _signed(_bits(b[:, 2:], 2, 1), 1) * _halfs(b, 0)
+
+
 def _q4_0(b: np.ndarray) -> np.ndarray:
     return _halfs(b, 0) * _signed(_bits(b[:, 2:], 4, 16), 8)
 
@@ -319,8 +331,12 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return _scaled(b, 208, scales) * numbers.reshape(-1, 16, 16)
 
 
+def _q8_k(b: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(b[:, :4]).view(np.float32) * np.ascontiguousarray(b[:, 4:260]).view(np.int8)
+
+
 UNPACK: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "q4_0": _q4_0, "q4_1": _q4_1, "q5_0": _q5_0, "q5_1": _q5_1, "q8_0": _q8_0, "q2_k": _q2_k, "q3_k": _q3_k, "q4_k": _q4_k,
-    "q5_k": _q5_k, "q6_k": _q6_k,
+    "q1_0": _q1_0, "q2_0": _q2_0, "q4_0": _q4_0, "q4_1": _q4_1, "q5_0": _q5_0, "q5_1": _q5_1, "q8_0": _q8_0, "q2_k": _q2_k,
+    "q3_k": _q3_k, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k, "q8_k": _q8_k,
 }  # fmt: skip
 """Type -> from `(n bytes)` to the numbers of the blocks."""
