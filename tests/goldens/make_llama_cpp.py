@@ -232,8 +232,8 @@ def logits(name, folder):
 
 
 if __name__ == "__main__":
-    shutil.rmtree(HERE, ignore_errors=True)
     for kind, make in KINDS.items():
+        shutil.rmtree(HERE / kind, ignore_errors=True)
         make(HERE / kind)
         found = tokenize(HERE / kind, Path(tempfile.mkdtemp()) / kind, kind)
         for text, ids in found.items():
