@@ -287,12 +287,12 @@ class AwqRows(Codec):
 class AwqFast(Codec):
     """`number * scale + zero` for groups of inputs; of 32 inputs the word `i` of eight int16 has `i`, `i + 8`, `i + 16`, `i + 24`.
 
-    The words of 64 inputs of four neighbouring rows lie one after the other. Factors and zeros are `(groups out)`, and more
-    groups than there are fill them.
+    Of four neighbouring rows the words of 64 inputs lie one after the other. Factors and zeros are `(groups out)`, and behind
+    the groups that there are more may follow.
 
     Attributes:
         group: inputs that share a scale and a zero.
-        zero: the name of the zeros, which are minus the scale's multiples.
+        zero: the name of the zeros, which are floats, times minus the scale already.
 
     Source: Lin et al. 2023; matches AutoAWQ's `gemv_fast` (`WQLinear_GEMVFast`) and llm-awq's `WQLinear`.
     """

@@ -208,8 +208,8 @@ def _build_gptq(options: Options, group: Group) -> Packed | None:
     return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
-AWQ = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "gemv_fast", "llm-awq": "llm-awq", "exllama": "gemm", "ipex": "gemm"}
-"""`version` of AWQ -> how its files lie; the kernels of ExLlama and IPEX take gemm's and turn them in memory."""
+AWQ = {name: name for name in ("gemm", "gemv", "gemv_fast", "llm-awq")} | dict.fromkeys(("exllama", "ipex"), "gemm")
+"""`version` of AWQ -> how its files lie; those for ExLlama's and IPEX' kernels are turned when they are in memory."""
 
 
 def _awq_version(options: Options) -> Any:
@@ -222,7 +222,7 @@ def _awq_version(options: Options) -> Any:
 
 
 def _check_awq(options: Options) -> list[str]:
-    # Files that were quantised without zero points have those in the middle of the range (GPTQModel, AutoRound).
+    # Without zero points GPTQModel and AutoRound write zeros all the same: the middle of the range.
     stated = {**options, "version": _awq_version(options)}
     return _only(stated, bits=(4,), version=tuple(AWQ), zero_point=(True, False)) + _check_dynamic(options)
 

@@ -149,6 +149,7 @@ CASES = {
     "llama-gptq3-v2": ("Llama", {}, gptq(3, 2)),
     "llama-awq-gemv": ("Llama", {}, awq("gemv")),
     "llama-llm-awq": ("Llama", WIDE, awq("llm-awq")),
+    "llama-llm-awq-2023": ("Llama", {}, (awq("gemv")[0], awq("llm-awq")[1])),
     "qwen2-awq": ("Qwen2", {}, awq("gemm")),
     "qwen3-fp8": ("Qwen3", {}, (fp8, FLOAT)),
     "gemma2-gptq4": ("Gemma2", GEMMA, gptq(4)),
@@ -179,7 +180,7 @@ CASES = {
 
 VALUES_ALONE = {
     "llama-gptq3-v2", "phi3-awq", "phi3-fp8", "mixtral-gptq4", "opt-awq", "gpt_neox-awq-gemv", "gemma2-nf4", "qwen3_moe-fp8", "qwen2-awq",
-    "llama-llm-awq", "gpt_neox-awq-gemv_fast",
+    "llama-llm-awq", "llama-llm-awq-2023", "gpt_neox-awq-gemv_fast",
 }  # fmt: skip
 """Whose parts the other rows compute with."""
 
