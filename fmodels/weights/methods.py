@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fmodels.arrays import Codec, Quantized
-from fmodels.codecs import Awq, AwqRows, Blocks, Bnb4, Bnb8, Gptq, Mxfp4, PackedBlocks
+from fmodels.codecs import Awq, AwqFast, AwqRows, Blocks, Bnb4, Bnb8, Gptq, Mxfp4, PackedBlocks
 from fmodels.weights.tensors import Tensor, brief, parse_json
 
 Options = Mapping[str, Any]
@@ -173,7 +173,15 @@ def _check_gptq(options: Options) -> list[str]:
     if options.get("bits") == 3 and _adds_one(options) and "gptqmodel" in json.dumps(options.get("meta")).lower():
         # Its constants add 4, 1 and 2 to the zeros of three words in turn, where AutoGPTQ adds 1 to each.
         problems.append("zeros of 3 bits that GPTQModel wrote in the format gptq are not supported; save it as gptq_v2")
-    return problems + ([] if not options.get("dynamic") else ["dynamic: options of single modules are not supported"])
+    return problems + _check_dynamic(options)
+
+
+def _check_dynamic(options: Options) -> list[str]:
+    """Rules that begin with `-:` only list what is not quantised, which the tensors tell, too."""
+    rules = options.get("dynamic") or {}
+    if isinstance(rules, Mapping) and all(rule.startswith("-:") for rule in rules):
+        return []
+    return ["dynamic: options of single modules are not supported"]
 
 
 def _adds_one(options: Options) -> bool:
@@ -200,30 +208,56 @@ def _build_gptq(options: Options, group: Group) -> Packed | None:
     return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
+AWQ = {name: name for name in ("gemm", "gemv", "gemv_fast", "llm-awq")} | dict.fromkeys(("exllama", "ipex"), "gemm")
+"""`version` of AWQ -> how its files lie; those for ExLlama's and IPEX' kernels are turned when they are in memory."""
+
+
+def _awq_version(options: Options) -> Any:
+    """As transformers 5 finds it; any other `backend` is only what computes."""
+    if options.get("backend") == "llm-awq":
+        return "llm-awq"
+    keys = ("checkpoint_format", "version", "format")
+    stated = next((options[key] for key in keys if options.get(key) is not None), "gemm")
+    return stated.lower() if isinstance(stated, str) else stated
+
+
 def _check_awq(options: Options) -> list[str]:
-    forms = ("gemm", "GEMM", "gemv", "GEMV")
-    return _only(options, bits=(4,), version=forms, format=forms, zero_point=(True,))
+    # Without zero points GPTQModel and AutoRound write zeros all the same: the middle of the range.
+    stated = {**options, "version": _awq_version(options)}
+    return _only(stated, bits=(4,), version=tuple(AWQ), zero_point=(True, False)) + _check_dynamic(options)
 
 
 def _build_awq(options: Options, group: Group) -> Packed | None:
-    codes = group.expect("qweight", ("int32",), (None, None))
+    form, zero = AWQ[_awq_version(options)], "qzeros"
+    if form == "llm-awq":  # in 2023 as gemv
+        form, zero = ("gemv_fast", "scaled_zeros") if "scaled_zeros" in group.tensors else ("gemv", zero)
+    codes = group.expect("qweight", ("int16",) if form == "gemv_fast" else ("int32",), (None, None))
     if codes is None:
         return None
-    by_rows = options.get("version", options.get("format", "gemm")).lower() == "gemv"
-    inputs, outputs = (codes.shape[1] * 8, codes.shape[0]) if by_rows else (codes.shape[0], codes.shape[1] * 8)
+    high, wide = codes.shape
+    inputs, outputs = {"gemm": (high, wide * 8), "gemv": (wide * 8, high), "gemv_fast": (wide, high * 4)}[form]
     size = options.get("group_size", options.get("q_group_size", 128))
     size = inputs if size == -1 else size
     if type(size) is not int or size < 1:
         return group.fail(f"group_size={brief(size)} is not a positive integer")
+    if form == "gemv_fast" and inputs % 64:
+        return group.fail(f"'qweight' has {inputs} inputs of four rows, expected whole blocks of 64")
     groups = -(-inputs // size)
-    zeros = group.expect("qzeros", ("int32",), (outputs, None) if by_rows else (groups, outputs // 8))
-    wide = None if zeros is None else zeros.shape[-1] * 8
-    scales = group.expect("scales", FLOATS, (outputs if by_rows else groups, wide))
-    if zeros is None or wide is None or scales is None:
+    if form == "gemm":
+        codec, dtypes, shape = Awq(size), ("int32",), (groups, outputs // 8)
+    elif form == "gemv":
+        codec, dtypes, shape = AwqRows(size), ("int32",), (outputs, None)
+    else:
+        codec, dtypes, shape = AwqFast(size, zero), FLOATS, (None, outputs)
+    zeros = group.expect(zero, dtypes, shape)
+    filled = None if zeros is None else zeros.shape[-1] * 8 if form == "gemv" else zeros.shape[0]
+    scales = group.expect("scales", FLOATS, (outputs, filled) if form == "gemv" else (filled, outputs))
+    if filled is None or scales is None:
         return None
-    if by_rows and wide < groups:
-        return group.fail(f"'qzeros' has {wide} numbers of an output, expected at least {groups}")
-    codec = AwqRows(size) if by_rows else Awq(size)
+    if filled < groups:
+        return group.fail(f"{zero!r} has {filled} numbers of an output, expected at least {groups}")
+    if len(group.tensors) > 3:
+        return group.fail(f"has {sorted(group.tensors)}, expected only 'qweight', 'scales' and {zero!r}")
     return packed_of(f"{group.stem}.weight", codec, (outputs, inputs), scales.dtype, group.tensors)
 
 
@@ -353,7 +387,9 @@ METHODS: dict[str, Method] = {
     "gptq": Method(
         ("qweight", "qzeros", "scales", "g_idx"), ("qweight", "qzeros", "scales", "g_idx"), _build_gptq, _check_gptq
     ),
-    "awq": Method(("qweight", "qzeros", "scales"), ("qweight", "qzeros", "scales"), _build_awq, _check_awq),
+    "awq": Method(
+        ("qweight", "qzeros", "scales", "scaled_zeros"), ("qweight", "qzeros", "scales"), _build_awq, _check_awq
+    ),
     "bitsandbytes": Method(
         (
             "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",

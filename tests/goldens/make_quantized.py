@@ -9,13 +9,16 @@ the array that the library makes of it, little-endian and row by row.
     PYTHONPATH=autoawq-0.2.9 quantized/bin/python tests/goldens/make_quantized.py
 
 GPTQModel and AutoAWQ only pack and unpack here, on CPU; the codes are rounded to the nearest, not calibrated. AutoAWQ's
-`awq.utils.packing_utils` is loaded as a file, and the loop that packs is that of its `WQLinear_GEMM.from_linear`.
+files are loaded one by one; the loop that packs is that of its `WQLinear_GEMM.from_linear`. Its `WQLinear_GEMVFast` packs itself,
+and GPTQModel's `repack_awq_gemv_fast` unpacks: both libraries compute with CUDA alone.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -24,6 +27,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.mlx_packing import repack_awq_gemv_fast
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,15 +109,26 @@ def gptq(bits, group, version, act_order):
     return quantize
 
 
+def autoawq(name):
+    """A module of AutoAWQ, without the packages that it is in."""
+    folder = next(Path(p) / "awq" for p in os.environ["PYTHONPATH"].split(":") if (Path(p) / "awq").is_dir())
+    sys.modules.setdefault("awq", types.ModuleType("awq")).__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rounded(weight, group):
+    """Codes, and scales and zeros as `scales_and_zeros`, as they are and once for each input."""
+    scales, zeros = scales_and_zeros(weight, 4, group)
+    wide = [part.repeat_interleave(group, 1) for part in (scales, zeros)]
+    codes = torch.round(weight.float() / wide[0] + wide[1]).clamp(0, 15).int()
+    return codes, scales, zeros, wide
+
+
 def awq(group):
-    path = next(
-        Path(p) / "awq/utils/packing_utils.py"
-        for p in os.environ["PYTHONPATH"].split(":")
-        if (Path(p) / "awq").is_dir()
-    )
-    spec = importlib.util.spec_from_file_location("packing_utils", path)
-    packing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(packing)
+    packing = autoawq("utils/packing_utils")
 
     def pack(numbers):
         words = torch.zeros((numbers.shape[0], numbers.shape[1] // 8), dtype=torch.int32)
@@ -123,12 +138,26 @@ def awq(group):
         return words
 
     def quantize(weight, stem):
-        scales, zeros = scales_and_zeros(weight, 4, group)
-        spread = [part.repeat_interleave(group, 1) for part in (scales, zeros)]
-        codes = torch.round(weight.float() / spread[0] + spread[1]).clamp(0, 15).int()
+        codes, scales, zeros, _ = rounded(weight, group)
         parts = {"qweight": pack(codes.T), "qzeros": pack(zeros.T), "scales": scales.T.half()}
         plain = packing.dequantize_gemm(parts["qweight"], parts["qzeros"], parts["scales"], 4, group)
         return parts, plain.T.half()
+
+    return quantize
+
+
+def awq_fast(group):
+    def quantize(weight, stem):
+        codes, scales, zeros, wide = rounded(weight, group)
+        layer = linear((codes - wide[1]) * wide[0])  # as AutoAWQ's `pseudo_quantize_tensor` leaves it
+        fast = autoawq("modules/linear/gemv_fast").WQLinear_GEMVFast
+        state = fast.from_linear(layer, 4, group, scales=scales, zeros=zeros).state_dict()
+        held = [state[part].numpy() for part in ("qweight", "qzeros", "scales")]
+        words, *factors = map(torch.tensor, repack_awq_gemv_fast(*held, *weight.shape[::-1], group))
+        unpacked = ((words.long()[..., None] >> torch.arange(0, 32, 4)) & 15).flatten(-2)
+        assert torch.equal(unpacked.int(), codes)
+        scale, zero = (part.float().repeat_interleave(group, 1) for part in factors)
+        return state, (unpacked * scale + zero).half()
 
     return quantize
 
@@ -200,6 +229,10 @@ def main():
         "quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True,
         "modules_to_not_convert": None,
     })  # fmt: skip
+    write("awq-gemv_fast", awq_fast(64), {
+        "quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast", "zero_point": True,
+        "modules_to_not_convert": ["lm_head"],
+    }, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=1)  # fmt: skip
     # Rows of 24 and 40 numbers: blocks of 64 go over the ends of rows.
     odd = {"hidden_size": 24, "intermediate_size": 40}
     four = {

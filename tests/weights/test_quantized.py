@@ -20,11 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.utils.quantization_config import AwqFormat
 
 import fmodels as fm
 from fmodels import arrays, codecs
 from fmodels.arrays import Quantized
 from fmodels.weights import quantized, read_folder
+from fmodels.weights.methods import check_options
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "quantized"
 NAMES = sorted(path.name for path in GOLDENS.iterdir())
@@ -314,7 +316,7 @@ def test_loaded_as_arrays(name):
     assert all(np.array_equal(leaf, exact[path]) for path, leaf in fm.tree.flatten(params).items())
 
 
-@pytest.mark.parametrize("name", ["awq", "floats", "gptq4", "nf4", "packed"])
+@pytest.mark.parametrize("name", ["awq", "awq-gemv_fast", "floats", "gptq4", "nf4", "packed"])
 def test_convert(tmp_path, name):
     """Bytes are equal when they come back; or the arrays are written, in any format."""
     for given in ({"format": "flax"}, {"dtype": "float16"}):
@@ -346,6 +348,12 @@ DAMAGE = {
     "missing": ("gptq4", lambda a, o: [a.pop(f"{UP}.scales"), a.pop("model.layers.1.mlp.up_proj.qzeros")],
                 ["'scales' is missing", "'qzeros' is missing"]),
     "shape": ("awq", lambda a, o: a.update({f"{UP}.qzeros": a[f"{UP}.qzeros"][:, 1:]}), ["'qzeros' has shape"]),
+    "blocks": ("awq-gemv_fast", lambda a, o: a.update({f"{UP}.qweight": a[f"{UP}.qweight"][:, :32]}), ["expected whole blocks of 64"]),
+    "rows": ("awq-gemv_fast", lambda a, o: a.update({f"{UP}.qweight": a[f"{UP}.qweight"][1:]}),
+             ["'qzeros' has shape [16, 128], expected [?, 124]", "'scales' has shape [16, 128], expected [?, 124]"]),
+    "version": ("awq-gemv_fast", lambda a, o: o.update(version="gemv"), ["'qweight' is int16, expected int32"]),
+    "groups": ("awq-gemv_fast", lambda a, o: o.update(group_size=2), ["'qzeros' has 16 numbers of an output, expected at least 32"]),
+    "more": ("awq-gemv_fast", lambda a, o: a.update({f"{UP}.scaled_zeros": a[f"{UP}.qzeros"]}), ["expected only 'qweight', 'scales' and"]),
     "group": ("gptq8", lambda a, o: a.update({f"{UP}.g_idx": a[f"{UP}.g_idx"] + 9}), ["'g_idx' has groups outside of 0 … 0"]),
     "dtype": ("ints", lambda a, o: a.update({f"{UP}.weight": a[f"{UP}.weight"].view(np.uint8)}), ["'weight' is uint8, expected int8"]),
     "codes": ("ints", lambda a, o: a.pop(f"{UP}.weight_scale"), ["has numbers of int8 and no 'weight_scale'"]),
@@ -368,12 +376,50 @@ def test_all_that_does_not_fit_is_told(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("awq", {"version": version}) for version in ("GEMM", "exllama", "ipex")),
+        ("awq", {"version": None, "format": "gemm", "backend": "marlin"}),
+        ("awq", {"zero_point": False, "dynamic": {"-:lm_head": {}}}),
+        ("awq-gemv_fast", {"version": "gemm", "checkpoint_format": "gemv_fast"}),
+        ("awq-gemv_fast", {"version": "gemm", "backend": "llm-awq"}),
+        ("awq-gemv_fast", {"version": "llm-awq"}),
+    ],
+)
+def test_awq_that_lies_alike(name, options):
+    """The versions of transformers 4's `AWQLinearVersion`, and what transformers 5 takes before `version`."""
+
+    def change(arrays, found):
+        found.update(options)
+        if "llm-awq" in options.values():
+            for key in [key for key in arrays if key.endswith(".qzeros")]:
+                arrays[key.replace("qzeros", "scaled_zeros")] = arrays.pop(key)
+
+    found, want = (quantized.join(*damaged(name, how))[f"{UP}.weight"] for how in (change, lambda arrays, found: None))
+    np.testing.assert_array_equal(found.array(), want.array())
+    assert not check_options(damaged(name, change)[1])
+
+
+def test_awq_formats_of_transformers():
+    for version in AwqFormat:
+        assert not check_options({"quant_method": "awq", "version": version.value}), version
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"quant_method": "aqlm"}, "quant_method='aqlm' is not supported; one of fp8, mxfp4, gptq, awq, bitsandbytes"),
         ({"quant_method": "gptq", "bits": 5}, "bits=5 is not supported, only 2 or 3 or 4 or 8"),
         ({"quant_method": "gptq", "bits": 3, "meta": {"quantizer": ["gptqmodel:7.7.0"]}}, "save it as gptq_v2"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "version='gemv_fast' is not supported"),
+        (
+            {"quant_method": "awq", "version": "marlin"},
+            "'marlin' is not supported, only 'gemm' or 'gemv' or 'gemv_fast' or",
+        ),
+        ({"quant_method": "awq", "zero_point": None}, "zero_point=None is not supported, only True or False"),
+        (
+            {"quant_method": "awq", "dynamic": {"+:.*down": {"group_size": 32}}},
+            "options of single modules are not supported",
+        ),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format='marlin-24' is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [0, 1]},

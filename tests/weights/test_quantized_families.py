@@ -1,7 +1,7 @@
 """Quantised checkpoints of other families than Llama: tiny files by hand, in the forms in which they are published.
 
 Packing and unpacking here are numpy's, number by number and bit by bit, as AutoGPTQ's `QuantLinear.pack`, AutoAWQ's
-`WQLinear_GEMM` and `WQLinear_GEMV`, and compressed-tensors lay them out. transformers computes with what was unpacked.
+`WQLinear_GEMM`, `WQLinear_GEMV` and `WQLinear_GEMVFast`, and compressed-tensors lay them out. transformers computes with what was unpacked.
 """
 
 import json
@@ -82,7 +82,24 @@ def awq(version):
             "scales": np.pad(scales, ((0, 0), (0, filled))),
         }, plain  # fmt: skip
 
-    parts = {"gemm": gemm, "gemv": gemv}[version]
+    def fast(weight):  # float16's zeros, too, are rounded
+        codes, zeros, scales, _ = quantise(weight, 4, GROUP)
+        offsets = -(scales * zeros.astype(np.float16))
+        wide = [part.repeat(GROUP, 1).astype(np.float32) for part in (scales, offsets)]
+        rows, columns = codes.shape
+        words = np.zeros((rows, columns // 4), np.int64)
+        for column in range(columns):
+            block, place = divmod(column, 32)
+            words[:, block * 8 + place % 8] |= codes[:, column] << place // 8 * 4
+        together = [words[i : i + 4, j : j + 16].ravel() for i in range(0, rows, 4) for j in range(0, columns // 4, 16)]
+        fill = ((0, 0), (0, 32 - zeros.shape[1]))
+        return {
+            "qweight": np.concatenate(together).astype(np.uint16).view(np.int16).reshape(rows // 4, columns),
+            {"gemv_fast": "qzeros", "llm-awq": "scaled_zeros"}[version]: np.pad(offsets, fill).T,
+            "scales": np.pad(scales, fill).T,
+        }, codes.astype(np.float32) * wide[0] + wide[1]  # fmt: skip
+
+    parts = {"gemm": gemm, "gemv": gemv}.get(version, fast)
     return parts, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": version, "zero_point": True}
 
 
@@ -123,18 +140,23 @@ OPT = {**FEW, "intermediate_size": None, "ffn_dim": 64, "word_embed_proj_dim": 3
 GPT2 = dict.fromkeys(SIZES.keys() - {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}) | {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 32,
 }  # fmt: skip
+WIDE = {"hidden_size": 64, "head_dim": 16}
+"""Blocks of 64 inputs."""
 GEMMA = {"sliding_window": 4, "query_pre_attn_scalar": 8}
 CASES = {
     "mistral-gptq4": ("Mistral", {}, gptq(4)),
     "llama-gptq3": ("Llama", {}, gptq(3)),
     "llama-gptq3-v2": ("Llama", {}, gptq(3, 2)),
     "llama-awq-gemv": ("Llama", {}, awq("gemv")),
+    "llama-llm-awq": ("Llama", WIDE, awq("llm-awq")),
+    "llama-llm-awq-2023": ("Llama", {}, (awq("gemv")[0], awq("llm-awq")[1])),
     "qwen2-awq": ("Qwen2", {}, awq("gemm")),
     "qwen3-fp8": ("Qwen3", {}, (fp8, FLOAT)),
     "gemma2-gptq4": ("Gemma2", GEMMA, gptq(4)),
     "phi3-gptq4": ("Phi3", {}, gptq(4)),
     "phi3-awq": ("Phi3", {}, awq("gemm")),
     "phi3-awq-gemv": ("Phi3", {}, awq("gemv")),
+    "phi3-awq-gemv_fast": ("Phi3", WIDE, awq("gemv_fast")),
     "phi3-fp8": ("Phi3", {}, (fp8, FLOAT)),
     "mixtral-gptq4": ("Mixtral", {"num_local_experts": 3}, gptq(4)),
     "mixtral-awq": ("Mixtral", {"num_local_experts": 3}, awq("gemm")),
@@ -150,6 +172,7 @@ CASES = {
     "opt-awq": ("OPT", OPT, awq("gemm")),
     "gpt_neox-gptq4": ("GPTNeoX", FEW, gptq(4)),
     "gpt_neox-awq-gemv": ("GPTNeoX", FEW, awq("gemv")),
+    "gpt_neox-awq-gemv_fast": ("GPTNeoX", FEW | {"hidden_size": 64}, awq("gemv_fast")),
     "phi3-nf4": ("Phi3", {}, (nf4, BNB)),
     "gemma2-nf4": ("Gemma2", GEMMA, (nf4, BNB)),
 }
@@ -157,6 +180,7 @@ CASES = {
 
 VALUES_ALONE = {
     "llama-gptq3-v2", "phi3-awq", "phi3-fp8", "mixtral-gptq4", "opt-awq", "gpt_neox-awq-gemv", "gemma2-nf4", "qwen3_moe-fp8", "qwen2-awq",
+    "llama-llm-awq", "llama-llm-awq-2023", "gpt_neox-awq-gemv_fast",
 }  # fmt: skip
 """Whose parts the other rows compute with."""
 
