@@ -17,7 +17,7 @@ from fmodels.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, which is never formed to multiply with it, and a bias.
+    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, never formed to multiply with it, and a bias.
 
     Several adapters lie side by side along the rank `r`. With `gain` each row of a batch has its own sum of them.
 

@@ -355,7 +355,7 @@ def test_biases_of_adapters_that_are_refused(several):
     options = {"target_modules": ["embed_tokens"], "lora_bias": True}
     with pytest.raises(ValueError, match="lora_bias=True is not supported"):
         get_peft_model(copy.deepcopy(loaded.model), LoraConfig(**options))
-    with pytest.raises(ValueError, match="lora_bias for 'model.embed_tokens', a table"):
+    with pytest.raises(ValueError, match=r"lora_bias for 'model\.embed_tokens', a table"):
         fm.init_adapter(loaded.params, loaded.config, fm.AdapterConfig(**options), jax.random.key(0))
     with pytest.raises(RuntimeError, match="the base layer has no bias"):
         copy.deepcopy(adapted).merge_adapter(["1"])

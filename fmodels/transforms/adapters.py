@@ -169,7 +169,8 @@ def merge_adapters(params: Params) -> Params:
 
     def merge(path: str, leaf: Any) -> Any:
         if path in biases:
-            return (leaf.astype(biases[path].dtype) + biases[path]).astype(leaf.dtype)
+            wide = jnp.promote_types(leaf.dtype, biases[path].dtype)
+            return (leaf.astype(wide) + biases[path].astype(wide)).astype(leaf.dtype)
         if not isinstance(leaf, LowRank):
             return leaf
         if hasattr(leaf.weight, "einsum"):
