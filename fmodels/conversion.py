@@ -27,7 +27,7 @@ from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format, dtype_and_type
 from fmodels.weights.quantized import expanded
-from fmodels.weights.tensors import cast, listing
+from fmodels.weights.tensors import by_kind, cast, listing
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -230,7 +230,7 @@ def _verify(
         ThreadPoolExecutor(2) as pool,
         tqdm(total=_total(wanted), desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
-        for name in sorted(wanted.keys() & new.keys()):
+        for name in sorted(wanted.keys() & new.keys(), key=by_kind):  # each leaf of a tree, of all layers, is read once
             one, digests[name] = pool.map(_digest, (wanted[name], new[name]))
             if one != digests[name] and name in held and _digest(held[name]) == digests[name]:
                 rounded.append(name)

@@ -118,6 +118,16 @@ def test_orbax_on_a_full_disk(case, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_verification_reads_each_leaf_of_orbax_once(case, tmp_path, monkeypatch):
+    """And not once for each layer."""
+    from fmodels.weights import orbax
+
+    restore, read = orbax._restore, []
+    monkeypatch.setattr(orbax, "_restore", lambda path, tree, keys: read.append(keys) or restore(path, tree, keys))
+    fm.convert(case("llama/causal-lm").folder, tmp_path / "new", format="orbax")
+    assert len(read) == len(set(read)) > 10
+
+
 KILLED = """
 import sys, fmodels as fm
 from fmodels.weights import safetensors
