@@ -17,7 +17,6 @@ IRRELEVANT = frozenset(
 """Keys that change no number that a trained adapter computes; they are kept and written back."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False,),
     "enable_lora": (None,),
     "megatron_config": (None,),
     "loftq_config": (None, {}),
@@ -57,6 +56,7 @@ class AdapterConfig:
         layers_pattern: the name of the list of layers, where the first number in a module's name is not its layer's.
         use_rslora: what is added is scaled by `lora_alpha / √r`.
         use_dora: the lengths of rows are apart from their directions.
+        lora_bias: whether the second factor has a bias, which is scaled and added with the product.
         fan_in_fan_out: whether PyTorch's matrices have their inputs first, as GPT-2's; the tensors of an adapter do not
             depend on it.
         bias: which biases are the adapter's own: `"none"`, `"all"`, or `"lora_only"` for those of adapted modules.
@@ -82,6 +82,7 @@ class AdapterConfig:
     layers_pattern: str | tuple[str, ...] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     fan_in_fan_out: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] | None = None
@@ -104,6 +105,8 @@ class AdapterConfig:
                 f"init_lora_weights={self.init_lora_weights!r} is not supported, only {', '.join(map(repr, BEGINNINGS))}; with "
                 "others PEFT changes the base model (path_initial_model_for_weight_conversion gives an adapter of the old one)"
             )
+        if self.lora_bias and (self.use_dora or self.init_lora_weights not in (True, False)):
+            problems.append("lora_bias=True is neither for use_dora nor for init_lora_weights but True and False")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             problems.append("layers_to_transform is for a list of target_modules")
         for pattern in self._patterns():
@@ -279,6 +282,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "layers_pattern": TEXTS,
     "use_rslora": FLAG,
     "use_dora": FLAG,
+    "lora_bias": FLAG,
     "fan_in_fan_out": FLAG,
     "modules_to_save": ("a list of texts or null", _any(_all(_is_text))),
     "trainable_token_indices": (

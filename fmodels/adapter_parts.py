@@ -17,9 +17,16 @@ from fmodels.weights.rules import Place, Weights
 
 PREFIX = "base_model.model."
 """What PEFT puts before PyTorch's names."""
-LINEAR = {"a": ".lora_A.weight", "b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+LINEAR = {
+    "a": ".lora_A.weight",
+    "b": ".lora_B.weight",
+    "bias": ".lora_B.bias",
+    "magnitude": ".lora_magnitude_vector",
+}
 TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
 """Ends of the names of the tensors that belong to an adapted module, matrix or table."""
+OPTIONAL = {"bias": "lora_bias", "magnitude": "use_dora"}
+"""Part of an adapted matrix -> the option with which an adapter has it."""
 ROWS = ".token_adapter"
 """What comes between the name of a table and those of the rows that belong to the adapter."""
 
@@ -32,7 +39,7 @@ class Role(NamedTuple):
     """What a tensor of an adapter is.
 
     Attributes:
-        part: `"a"`, `"b"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
+        part: `"a"`, `"b"`, `"bias"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
             for some of its rows; `"base"` for what is the model's own; `"unused"`.
         name: PyTorch's name of the model's tensor.
         module: the name by which ranks and scales are found.
@@ -134,19 +141,21 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
     names = model(config)
     problems: list[str] = []
     targets = adapter.targets(names.modules)
+    options = {part: bool(getattr(adapter, option)) for part, option in OPTIONAL.items()}
     found: dict[str, Role] = {}
     for module in targets:
         name, kind = f"{module}.weight", names.modules[module]
         if kind == "other":
             problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
-        elif kind == "table" and adapter.use_dora:
-            problems.append(f"use_dora for {module!r}, a table of embeddings, is not supported")
+        elif kind == "table" and any(options.values()):
+            wrong = " and ".join(OPTIONAL[part] for part, asked in options.items() if asked)
+            problems.append(f"{wrong} for {module!r}, a table of embeddings, is not supported")
         elif tied := _tied(names, name):
             problems.append(f"{module!r} is tied to {tied}, and PEFT adapts one of them")
         else:
             ends = TABLE if kind == "table" else LINEAR
             for part, end in ends.items():
-                if part != "magnitude" or adapter.use_dora:
+                if options.get(part, True):
                     found[module + end] = Role(part, name, module, table=kind == "table")
             found[f"{module}.base_layer.weight"] = Role("base", name, module, required=False)
     found |= _parameters(names, adapter, problems)
@@ -199,8 +208,8 @@ def _parameters(names: Model, adapter: AdapterConfig, problems: list[str]) -> di
     for name in names.places:
         if name in wanted or any(name.endswith(f".{end}") for end in wanted):
             modules.setdefault(name.rpartition(".")[0], []).append(name)
-    if modules and (adapter.use_dora or adapter.fan_in_fan_out):
-        problems.append("use_dora and fan_in_fan_out are not for target_parameters")
+    if modules and (adapter.use_dora or adapter.lora_bias or adapter.fan_in_fan_out):
+        problems.append("use_dora, lora_bias and fan_in_fan_out are not for target_parameters")
     found: dict[str, Role] = {}
     for module, inner in modules.items():
         for depth, name in enumerate(reversed(inner)):

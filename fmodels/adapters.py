@@ -21,7 +21,7 @@ from fmodels.adapter_parts import LINEAR, PREFIX, TABLE, Base, Role, model, role
 from fmodels.low_rank import LowRank
 from fmodels.models import Config
 from fmodels.transforms import _leaves
-from fmodels.transforms.adapters import Factors, low_rank
+from fmodels.transforms.adapters import Factors, low_rank, merge_adapters
 from fmodels.types import Array, Key, Params
 from fmodels.weights import Tensor, read_file, rules, safetensors, torch_bin
 from fmodels.weights.folder import commit
@@ -184,11 +184,11 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
             f"init_adapter: nothing of {config.model_type} is named by target_modules={spec.target_modules!r}; expected names "
             f"such as {listing([n for n, kind in model(config).modules.items() if kind == 'linear'], 5)}, or {ALL_LINEAR!r}"
         )
-    drawn = [name for name, role in found.items() if role.part in ("a", "b")]
+    drawn = [name for name, role in found.items() if role.part in ("a", "b", "bias")]
     keys = dict(zip(drawn, jax.random.split(key, max(len(drawn), 1)), strict=False))
     tensors: dict[str, Array] = {}
     for name, role in found.items():
-        if role.part in ("a", "b"):
+        if name in keys:
             tensors[name] = _draw(role, base.shape(role.name), spec, keys[name]).astype(dtype)
         elif role.part != "magnitude":
             whole = jnp.asarray(base.tensor(role.name), dtype)
@@ -203,17 +203,17 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
 
 
 def _draw(role: Role, shape: tuple[int, ...], spec: AdapterConfig, key: Key) -> Array:
-    """A new factor of a matrix `(out, in)`, of experts `(x, out, in)`, or of a table."""
+    """A new factor, or the bias of the second, of a matrix `(out, in)`, of experts `(x, out, in)`, or of a table."""
     rank, count = spec.rank(role.module), shape[0] if len(shape) == 3 else 1
-    size = {"a": (rank * count, shape[-1]), "b": (shape[-2], rank * count)}[role.part]
+    size = {"a": (rank * count, shape[-1]), "b": (shape[-2], rank * count), "bias": (shape[-2],)}[role.part]
     if role.table:
         size = {"a": (rank, shape[0]), "b": (shape[1], rank)}[role.part]
         return jax.random.normal(key, size) if role.part == "b" or spec.init_lora_weights is False else jnp.zeros(size)
-    if role.part == "b" and spec.init_lora_weights is not False:
+    if role.part != "a" and spec.init_lora_weights is not False:
         return jnp.zeros(size)
     if spec.init_lora_weights == "gaussian":
         return jax.random.normal(key, size) / rank
-    bound = 1 / math.sqrt(size[1])
+    bound = 1 / math.sqrt(shape[-1] if role.part == "a" else rank * count)
     return jax.random.uniform(key, size, minval=-bound, maxval=bound)
 
 
@@ -326,10 +326,11 @@ def unmerge_adapters(params: Params, config: Config, adapter: Adapter | Sequence
             "base model"
         )
 
-    def take(leaf: Any) -> Any:
-        return dataclasses.replace(leaf, b=-leaf.b).dequantize() if isinstance(leaf, LowRank) else leaf
+    def negative(leaf: Any) -> Any:
+        return leaf.negative() if isinstance(leaf, LowRank) else leaf
 
-    return jax.tree.map(take, add_adapter(params, config, adapters), is_leaf=lambda leaf: isinstance(leaf, LowRank))
+    added = add_adapter(params, config, adapters)
+    return merge_adapters(jax.tree.map(negative, added, is_leaf=lambda leaf: isinstance(leaf, LowRank)))
 
 
 def _check_choice(choice: Any, count: int) -> Array:
@@ -361,13 +362,13 @@ def _read(base: Base, adapter: Adapter) -> _Parts:
     factors: dict[str, tuple[Role, dict[str, Array]]] = {}
     for name, tensor in tensors.items():
         role = known.get(name, Role("unused", "", ""))
-        if role.part in ("a", "b", "magnitude"):
+        if role.part in LINEAR:
             factors.setdefault(role.name, (role, {}))[1][role.part] = tensor
         elif role.part in ("whole", "rows", "base"):
             problems += _whole(base, parts, role, name, tensor, spec)
-    for name, (role, three) in factors.items():
-        if "a" in three and "b" in three:
-            problems += _factors(base, parts, name, role, three, spec)
+    for name, (role, pieces) in factors.items():
+        if "a" in pieces and "b" in pieces:
+            problems += _factors(base, parts, name, role, pieces, spec)
     if problems:
         raise ValueError(
             f"add_adapter: {len(problems)} tensors of the adapter do not fit {base.config.model_type} "
@@ -430,30 +431,27 @@ def _tokens(config: Config, spec: AdapterConfig, role: Role) -> tuple[int, ...]:
 
 
 def _factors(
-    base: Base, parts: _Parts, name: str, role: Role, three: Mapping[str, Array], spec: AdapterConfig
+    base: Base, parts: _Parts, name: str, role: Role, pieces: Mapping[str, Array], spec: AdapterConfig
 ) -> list[str]:
     place = base.place(name)
-    a, b = (three["b"].T, three["a"].T) if role.table else (three["a"], three["b"])
-    scale = spec.scale(role.module)
-    wide = [x if x.dtype.itemsize > 2 else x.astype(jnp.float32) for x in (a, b)]
+    wide = {part: x if x.dtype.itemsize > 2 else x.astype(jnp.float32) for part, x in pieces.items()}
+    a, b = (wide["b"].T, wide["a"].T) if role.table else (wide["a"], wide["b"])
+    bias, magnitude = wide.get("bias"), pieces.get("magnitude")  # never both
+    scale = jnp.asarray(spec.scale(role.module), b.dtype)
+    rows = magnitude if bias is None else bias * scale
     try:
-        found = rules.low_rank_from_disk(
-            place.rule,
-            place.sizes(base.config),
-            wide[0],
-            wide[1] * jnp.asarray(scale, wide[1].dtype),
-            three.get("magnitude"),
-        )
+        found = rules.low_rank_from_disk(place.rule, place.sizes(base.config), a, b * scale, rows)
     except ValueError as error:
         return [f"the factors of {name!r}: {error}"]
     where = place.leaves(stacked=base.stacked)
-    for leaf, (a, b, magnitude) in found.items():
+    for leaf, (a, b, rows) in found.items():
         if b.shape[-1] != spec.rank(role.module):
             return [
                 f"the factors of {name!r} have rank {b.shape[-1]}, adapter_config.json says {spec.rank(role.module)}"
             ]
         layer = place.layer if base.stacked and place.layer is not None else 0
-        parts.factors.setdefault(where[leaf], {})[layer] = Factors(a, b, magnitude)
+        more = {"magnitude" if bias is None else "bias": rows}
+        parts.factors.setdefault(where[leaf], {})[layer] = Factors(a, b, **more)
     return []
 
 

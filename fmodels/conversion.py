@@ -27,7 +27,7 @@ from fmodels.weights import FORMATS, Tensor
 from fmodels.weights.folder import lock, unlock, write_files
 from fmodels.weights.formats import check_format, dtype_and_type
 from fmodels.weights.quantized import expanded
-from fmodels.weights.tensors import cast, listing
+from fmodels.weights.tensors import by_kind, cast, listing
 
 JOB = "conversion.json"
 WEIGHTS = re.compile(
@@ -85,8 +85,8 @@ def convert(
     """Writes a checkpoint in another format or dtype, tensor by tensor, with the files beside it.
 
     Never more than one tensor is in memory (for orbax a leaf of the tree, and up to 1 GB that waits for the others). A run that is
-    killed goes on where it was when the same conversion is started again. The new folder appears when all is written
-    and checked.
+    killed goes on where it was when the same conversion is started again: what it has written waits beside the new folder, in
+    `.NAME.converting`. The new folder appears when all is written and checked.
 
     Args:
         source: a folder, a file of weights, or a Hub id.
@@ -230,7 +230,7 @@ def _verify(
         ThreadPoolExecutor(2) as pool,
         tqdm(total=_total(wanted), desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
-        for name in sorted(wanted.keys() & new.keys()):
+        for name in sorted(wanted.keys() & new.keys(), key=by_kind):  # each leaf of a tree, of all layers, is read once
             one, digests[name] = pool.map(_digest, (wanted[name], new[name]))
             if one != digests[name] and name in held and _digest(held[name]) == digests[name]:
                 rounded.append(name)
@@ -288,6 +288,8 @@ def _stage(source: Path, dest: Path, key: Mapping[str, Any]) -> Iterator[Path]:
         job = stage / JOB
         text = json.dumps(key)
         same = job.exists() and job.read_text() == text
+        if not same:  # gone first: of folders that are removed half may be left, which nobody shall take for the whole
+            job.unlink(missing_ok=True)
         for path in stage.iterdir():  # of which files of weights are whole
             if not (same and (path == job or any(kind.owns(path.name) for kind in FORMATS.values()))):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -296,6 +298,7 @@ def _stage(source: Path, dest: Path, key: Mapping[str, Any]) -> Iterator[Path]:
         try:
             yield stage
         except Exception:  # but not when it is interrupted
+            job.unlink(missing_ok=True)
             shutil.rmtree(stage, ignore_errors=True)
             raise
         job.unlink()

@@ -17,7 +17,7 @@ from fmodels.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, which is never formed to multiply with it.
+    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, never formed to multiply with it, and a bias.
 
     Several adapters lie side by side along the rank `r`. With `gain` each row of a batch has its own sum of them.
 
@@ -29,6 +29,7 @@ class LowRank:
         gain: `(… n r)`, for each of `n` rows of a batch what `a x` is multiplied with; None for 1. Batches with a
             multiple of `n` rows belong to them in order, as those of beams do.
         factor: `(… o)`, or `(… n o)` with `gain`; None for 1.
+        bias: `(… o)`, or `(… n o)` with `gain`, what is added to the product; None for 0.
 
     Source: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA" (`factor`); matches PEFT's `lora.Linear` and `lora.Embedding`:
     the products with `a` and `b` are in float32, or in the wider dtype of an adapter.
@@ -45,6 +46,7 @@ class LowRank:
     b: Array
     gain: Array | None = None
     factor: Array | None = None
+    bias: Array | None = None
 
     cure: ClassVar[str] = "merge_adapters"
 
@@ -71,11 +73,13 @@ class LowRank:
         return dataclasses.replace(self, **cast)
 
     def dequantize(self) -> Array:
-        """The array that this leaf stands for, in its dtype; only where all rows have the same.
+        """The array that this leaf stands for, in its dtype; only where all rows have the same, and no bias.
 
         Raises:
-            ValueError: the rows of a batch have adapters of their own.
+            ValueError: the rows of a batch have adapters of their own, or there is a bias.
         """
+        if self.bias is not None:
+            raise ValueError("LowRank: an adapter with a bias (lora_bias) is more than an array; see merge_adapters")
         if self.gain is not None:
             raise ValueError("LowRank: each row of a batch has a weight of its own, so that there is no one array")
         wide = self._wide(self.dtype)
@@ -87,6 +91,10 @@ class LowRank:
             inputs = self.ndim - self.factor.ndim
             whole = whole * self.factor.reshape(*self.factor.shape, *(1,) * inputs).astype(wide)
         return whole.astype(self.dtype)
+
+    def negative(self) -> LowRank:
+        """The leaf that takes away what this one adds."""
+        return dataclasses.replace(self, b=-self.b, bias=None if self.bias is None else -self.bias)
 
     def einsum(self, equation: str, x: Array) -> Array:
         if self.shared:  # experts
@@ -101,6 +109,8 @@ class LowRank:
         if self.factor is not None:
             factor = self.factor[None] if self.gain is None else self.factor
             y = y * _by_rows(factor, y)
+        if self.bias is not None:
+            y = y + _by_rows(self.bias[None] if self.gain is None else self.bias, y)
         return y.astype(x.dtype)
 
     def take(self, index: Array) -> Array:

@@ -44,10 +44,15 @@ ADAPTERS = {
     "pair": ("t5/seq2seq-lm", {"target_modules": ["q", "v", "wi", "wo"], "modules_to_save": ["final_layer_norm"]}),
     "experts": ("mixtral/causal-lm", {"target_modules": ["q_proj"], "target_parameters": [*EXPERTS, "gate.weight"]}),
     "interleaved-experts": ("gpt_oss/causal-lm", {"target_modules": ["o_proj"], "target_parameters": EXPERTS[:1]}),
+    "lora-bias": ("qwen2/causal-lm", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "lora_alpha": 3,
+                                      "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 7},
+                                      "use_rslora": True, "layers_to_transform": [0, 1]}),
+    "fused-lora-bias": ("gpt2/causal-lm", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "lora_bias": True,
+                                           "bias": "lora_only"}),
     "latent": ("deepseek_v3/causal-lm", {"target_modules": ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}),
 }  # fmt: skip
 
-TRAINED = ("lora", "dora", "tables", "fused", "rows", "biases", "head", "experts", "interleaved")
+TRAINED = ("lora", "dora", "tables", "fused", "rows", "biases", "head", "experts", "interleaved", "lora-bias")
 """Whose gradients are compared."""
 
 
@@ -128,7 +133,7 @@ def test_peft(made, name):
         np.testing.assert_array_equal(gradient.tensors[key], 0)
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "fused", "experts", "latent"])
+@pytest.mark.parametrize("name", ["lora", "rslora", "fused", "experts", "latent", "lora-bias"])
 def test_unmerged(made, name):
     """From PEFT's merged weights, against what PEFT takes out of them."""
     loaded, adapted, _, adapter = made(name)
@@ -202,7 +207,7 @@ def test_embedding_of_a_tied_model(case, tmp_path):
 
 OPTIONS = [
     {"target_modules": ["q_proj", "down_proj"], "r": 3},
-    {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "layers_to_transform": [1]},
+    {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "layers_to_transform": [1], "lora_bias": True},
     {"target_modules": ["v_proj", "embed_tokens"], "use_rslora": True},
 ]
 
@@ -288,7 +293,7 @@ def test_dora_chosen_by_row(case, made):
 @pytest.mark.parametrize("options", [
     {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
     {"target_modules": "all-linear", "init_lora_weights": "gaussian", "use_dora": True},
-    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "bias": "all"},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "bias": "all", "lora_bias": True},
 ])  # fmt: skip
 def test_new_adapter_is_one_of_peft(case, options, tmp_path):
     """It has PEFT's tensors, leaves the model as it is, and PEFT reads it."""
@@ -322,7 +327,7 @@ def test_new_adapter_is_one_of_peft(case, options, tmp_path):
 
 
 REFUSED = {
-    "peft_type": "IA3", "lora_bias": True, "megatron_config": {}, "alora_invocation_tokens": [1], "use_qalora": True,
+    "peft_type": "IA3", "lora_bias": "all", "megatron_config": {}, "alora_invocation_tokens": [1], "use_qalora": True,
     "layer_replication": [[0, 2]], "use_bdlora": {}, "kasa_config": {"beta": 1}, "corda_config": {"verbose": True},
     "loftq_config": {"bits": 4}, "init_lora_weights": "pissa", "news": 1, "bias": "some", "r": 0, "r ": 8, "lora_alpha": "x",
     "target_modules": [1], "rank_pattern": {"q": 0}, "alpha_pattern": {"(": 1}, "trainable_token_indices": [True],
@@ -336,6 +341,31 @@ def test_configs_that_are_refused(key, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=re.escape(key.strip() if key != "alpha_pattern" else "'('")):
         fm.load_adapter(tmp_path)
+
+
+def test_biases_of_adapters_that_are_refused(several):
+    """As by PEFT: with DoRA, other beginnings and tables, and to be merged where the model has no bias."""
+    from peft import LoraConfig, get_peft_model
+
+    loaded, adapted, adapters = several
+    for more in ({"use_dora": True}, {"init_lora_weights": "gaussian"}):
+        for kind in (LoraConfig, fm.AdapterConfig):
+            with pytest.raises(ValueError, match="lora_bias=True"):
+                kind(target_modules=["q_proj"], lora_bias=True, **more)
+    options = {"target_modules": ["embed_tokens"], "lora_bias": True}
+    with pytest.raises(ValueError, match="lora_bias=True is not supported"):
+        get_peft_model(copy.deepcopy(loaded.model), LoraConfig(**options))
+    with pytest.raises(ValueError, match=r"lora_bias for 'model\.embed_tokens', a table"):
+        fm.init_adapter(loaded.params, loaded.config, fm.AdapterConfig(**options), jax.random.key(0))
+    with pytest.raises(RuntimeError, match="the base layer has no bias"):
+        copy.deepcopy(adapted).merge_adapter(["1"])
+    params = fm.add_adapter(loaded.params, loaded.config, adapters[1])
+    with pytest.raises(
+        ValueError, match=r"2 biases .* 'layers.attention.query.bias' is one; use the tree of add_adapter"
+    ):
+        fm.merge_adapters(params)
+    with pytest.raises(ValueError, match="more than an array"):
+        fm.dequantize(params)
 
 
 def test_other_kinds_are_refused_in_one_line(tmp_path):

@@ -118,6 +118,16 @@ def test_orbax_on_a_full_disk(case, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_verification_reads_each_leaf_of_orbax_once(case, tmp_path, monkeypatch):
+    """And not once for each layer."""
+    from fmodels.weights import orbax
+
+    restore, read = orbax._restore, []
+    monkeypatch.setattr(orbax, "_restore", lambda path, tree, keys: read.append(keys) or restore(path, tree, keys))
+    fm.convert(case("llama/causal-lm").folder, tmp_path / "new", format="orbax")
+    assert len(read) == len(set(read)) > 10
+
+
 KILLED = """
 import sys, fmodels as fm
 from fmodels.weights import safetensors
@@ -192,6 +202,33 @@ def test_what_a_killed_run_left(case, tmp_path):
     shutil.rmtree(source / "params")
     fm.save(fm.cast(params, "float16"), config, source, format="orbax")
     assert fm.convert(source, tmp_path / "new", format="gguf").resumed == 0
+
+
+def test_killed_while_it_removed_what_was_there(case, tmp_path):
+    """Half of a folder of weights is not taken for the whole when the first conversion is started once more."""
+    source = case("llama/causal-lm").folder
+    remove = shutil.rmtree
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def half(path, **given):
+        remove(Path(path) / ("d" if Path(path).name == "params" else "params/d"), **given)
+        raise KeyboardInterrupt
+
+    def killed(dtype, *changes):
+        with pytest.MonkeyPatch.context() as patch:
+            for change in changes:
+                patch.setattr(*change)
+            with pytest.raises(KeyboardInterrupt):
+                fm.convert(source, tmp_path / "new", format="orbax", dtype=dtype)
+
+    for dtype in ("float16", None):  # for another conversion, and after the verification
+        killed(None, (conversion, "copy_others", interrupted))
+        killed(dtype, (conversion, "_verify", lambda *_, **__: 1 / 0), (shutil, "rmtree", half))
+        assert fm.convert(source, tmp_path / "new", format="orbax").resumed == 0
+        remove(tmp_path / "new")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_comes_out_wrong_is_not_left(case, tmp_path, monkeypatch):

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,23 +32,16 @@ def new_folder(source: Path, dest: Path) -> Iterator[Path]:
         FileExistsError: `dest` has something in it already.
     """
     from fmodels.conversion import check_dest
+    from fmodels.weights.folder import staging, sweep
 
     target = check_dest(source, dest)
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.writing-", dir=target.parent))
-    try:
-        stage.chmod(0o777 & ~_umask())
-        yield stage
-        os.replace(stage, target)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    sweep(target)
+    with staging(target.parent, target.name) as place:
+        made = place / target.name  # inside: what a `save` leaves beside it is swept, too, if the process is killed
+        made.mkdir()
+        yield made
+        os.replace(made, target)
 
 
 def save_with_others(params: Any, config: Any, source: Path, stage: Path, args: argparse.Namespace) -> list[str]:

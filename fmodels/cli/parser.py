@@ -321,7 +321,7 @@ def _dest(parser: argparse.ArgumentParser) -> None:
         "--to",
         default="safetensors",
         metavar="FORMAT",
-        help="safetensors, torch, flax, tf, gguf, npz, orbax (default: %(default)s)",
+        help="safetensors, torch, flax, tf, tf-checkpoint, gguf, npz, orbax (default: %(default)s)",
     )
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 5GB (the default, but for gguf)"

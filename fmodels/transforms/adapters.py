@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,17 +16,19 @@ from fmodels.types import Array, Params
 
 
 class Factors(NamedTuple):
-    """What an adapter adds to a leaf in one layer: `b a`.
+    """What an adapter adds to a leaf in one layer: `b a`, and to its products a bias.
 
     Attributes:
         a: `(r i)`; of experts `(x r i)`.
         b: `(o r)`; of experts `(x o r)`.
         magnitude: `(o)`, the lengths of the rows of the sum, with DoRA.
+        bias: `(o)`, with `lora_bias`.
     """
 
     a: Array
     b: Array
     magnitude: Array | None = None
+    bias: Array | None = None
 
 
 def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | None, choice: Array | None) -> LowRank:
@@ -50,11 +53,12 @@ def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | 
 
     a, b = side_by_side(0, shared), side_by_side(1, first.b.ndim - 1)
     factors = [_factor(leaf, one, depth) for one in adapters]
+    bias = _bias(adapters, depth, choice)
     if choice is None:
-        return LowRank(leaf, a, b, factor=next((factor for factor in factors if factor is not None), None))
+        return LowRank(leaf, a, b, None, next((factor for factor in factors if factor is not None), None), bias)
     owner = jnp.asarray([i for i, width in enumerate(widths) for _ in range(width)], jnp.int32)
     gain = (choice[:, None] == owner[None]).astype(jnp.float32)
-    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), _chosen(factors, choice, depth))
+    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), _chosen(factors, choice, depth), bias)
 
 
 def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width: int) -> Array:
@@ -70,6 +74,21 @@ def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width
 def _by_layer(depth: int | None, of: Callable[[int], Array]) -> Array:
     """`of(layer)` of all layers, stacked; of a leaf without layers that of layer 0."""
     return of(0) if depth is None else jnp.stack([of(layer) for layer in range(depth)])
+
+
+def _bias(adapters: Sequence[Mapping[int, Factors]], depth: int | None, choice: Array | None) -> Array | None:
+    """The sum of the adapters' biases, or `(n o)`, that of each row's adapter; None without any."""
+    some = [factors.bias for one in adapters for factors in one.values() if factors.bias is not None]
+    if not some:
+        return None
+    none = jnp.zeros_like(some[0])
+
+    def of(layer: int) -> Array:
+        found = [one[layer].bias if layer in one else None for one in adapters]
+        each = jnp.stack([*(none if bias is None else bias for bias in found), none])
+        return each.sum(0) if choice is None else each[choice]  # -1 is the last
+
+    return _by_layer(depth, of)
 
 
 def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None) -> Array | None:
@@ -122,7 +141,7 @@ def merge_adapters(params: Params) -> Params:
         The tree.
 
     Raises:
-        ValueError: the rows of a batch have adapters of their own.
+        ValueError: the rows of a batch have adapters of their own, or an adapter has a bias and the weight has none.
         NotImplementedError: an adapted weight is quantised.
 
     Example:
@@ -136,8 +155,22 @@ def merge_adapters(params: Params) -> Params:
 
     Source: PEFT's `merge_and_unload`, which rounds what it adds to the dtype of the weight first.
     """
+    flat = tree.flatten(params)
+    biases = {
+        f"{path.removesuffix('weight')}bias": leaf.bias
+        for path, leaf in flat.items()
+        if isinstance(leaf, LowRank) and leaf.bias is not None and leaf.gain is None
+    }
+    if missing := sorted(biases.keys() - flat.keys()):
+        raise ValueError(
+            f"merge_adapters: {len(missing)} biases of adapters (lora_bias) have none of the model to be added to, "
+            f"{missing[0]!r} is one; use the tree of add_adapter as it is"
+        )
 
     def merge(path: str, leaf: Any) -> Any:
+        if path in biases:
+            wide = jnp.promote_types(leaf.dtype, biases[path].dtype)
+            return (leaf.astype(wide) + biases[path].astype(wide)).astype(leaf.dtype)
         if not isinstance(leaf, LowRank):
             return leaf
         if hasattr(leaf.weight, "einsum"):
@@ -149,7 +182,7 @@ def merge_adapters(params: Params) -> Params:
             raise ValueError(
                 f"merge_adapters: {path!r} has an adapter for each row of a batch; add one adapter, without choice"
             )
-        return leaf.dequantize()
+        return dataclasses.replace(leaf, bias=None).dequantize()
 
     return tree.map_leaves(merge, params)
 

@@ -330,9 +330,9 @@ def commit(folder: Path, fill: Callable[[Path], None], order: list[str], stale: 
             f"write: expected a folder, {str(folder)!r} is a file; give a folder or remove the file"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    sweep(target)
     exchangeable = not target.exists() or _exchangeable(target)
-    with _stage(target.parent if exchangeable else target, target.name) as stage:
+    with staging(target.parent if exchangeable else target, target.name) as stage:
         fill(stage)
         if not exchangeable:
             _move_in(stage, target, order, stale)
@@ -442,7 +442,7 @@ def _prefix(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _stage(place: Path, name: str) -> Iterator[Path]:
+def staging(place: Path, name: str) -> Iterator[Path]:
     """An empty folder in `place`, locked while this process lives, gone afterwards with all that is then in it."""
     while True:
         stage = place / (_prefix(name) + secrets.token_hex(4))
@@ -458,7 +458,7 @@ def _stage(place: Path, name: str) -> Iterator[Path]:
         unlock(held)
 
 
-def _sweep(target: Path) -> None:
+def sweep(target: Path) -> None:
     """Removes what dead processes left."""
     for place in (target.parent, target):
         for path in place.glob(_prefix(target.name).replace("[", "[[]") + "*") if place.is_dir() else ():

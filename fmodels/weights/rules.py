@@ -171,7 +171,7 @@ def _is_output(letters: tuple[str, ...], group: str) -> bool:
 
 
 def low_rank_from_disk(
-    rule: Rule, size: Mapping[str, int], a: Any, b: Any, factor: Any = None
+    rule: Rule, size: Mapping[str, int], a: Any, b: Any, rows: Any = None
 ) -> dict[str, tuple[Any, Any, Any]]:
     """What a product `b a` that is added to a matrix on disk, `(out, in)` whichever way it lies there, is for its leaves.
 
@@ -180,7 +180,7 @@ def low_rank_from_disk(
         size: letter -> size.
         a: `(r, in)`; of experts in one tensor `(x r, in)`.
         b: `(out, r)`; of experts `(out, r x)`.
-        factor: `(out)`, or None.
+        rows: `(out)`, a number for each output, or None.
 
     Returns:
         Leaf -> `(r i)`, `(o r)` and `(o)` or None, where `o` are the leaf's first axes, of outputs, and `i` the others; of
@@ -194,14 +194,14 @@ def low_rank_from_disk(
     shape, experts = disk_shape(rule, size), rule.layouts[0][:-2]
     if len(shape) < 2 or experts not in ((), ("x",)):
         raise ValueError(f"a tensor of shape {list(shape)} is not a matrix")
-    rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
+    each: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     columns, out = {}, 0
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         first, second = groups[len(experts) :]
         letters = rule.letters(leaf)[len(experts) :]
         out = 0 if _is_output(letters, first) else 1
         outputs, inputs = (first, second) if out == 0 else (second, first)
-        rows.append((leaf, (outputs,), letters[: len(outputs)]))
+        each.append((leaf, (outputs,), letters[: len(outputs)]))
         columns[leaf] = inputs, letters[len(outputs) :]
     *_, one, two = shape
     count = size["x"] if experts else 1
@@ -214,9 +214,9 @@ def low_rank_from_disk(
     size = {**size, "r": rank}
     a = a.reshape(count, rank, -1) if experts else a
     b = b.reshape(-1, rank, count) if experts else b
-    wide = [(leaf, (*groups, "r", *experts), (*experts, *letters, "r")) for leaf, groups, letters in rows]
+    wide = [(leaf, (*groups, "r", *experts), (*experts, *letters, "r")) for leaf, groups, letters in each]
     second = _apart(b, wide, size, 0, rule.within)
-    third = {} if factor is None else _apart(factor, rows, size, 0, rule.within)
+    third = {} if rows is None else _apart(rows, each, size, 0, rule.within)
     found: dict[str, tuple[Any, Any, Any]] = {}
     for leaf, (inputs, letters) in columns.items():
         alone = [(leaf, (*experts, "r", inputs), (*experts, "r", *letters))]

@@ -7,7 +7,6 @@ bits are packed from the lowest bit on, as in torch's `float4_e2m1fn_x2`, and sh
 
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from fmodels.weights.tensors import (
     Tensor,
     as_bytes,
     brief,
+    by_kind,
     is_lfs_pointer,
     lfs_error,
     listing,
@@ -147,7 +147,7 @@ def write(
     sizes = {name: _size_on_disk(name, tensor) for name, tensor in tensors.items()}
     # The odd ones go by falling size of their elements: each then lies at a multiple of its own element.
     odd = {name: size % ALIGNMENT != 0 for name, size in sizes.items()}
-    order = sorted(sizes, key=lambda name: (odd[name], -tensors[name].dtype.itemsize * odd[name], *_kind(name)))
+    order = sorted(sizes, key=lambda name: (odd[name], -tensors[name].dtype.itemsize * odd[name], *by_kind(name)))
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name in order:
@@ -164,12 +164,6 @@ def write(
             send(out, tensors[name]) if DTYPES[CODES[tensors[name].dtype]][1] >= 8 else out.write(_pack(tensors[name]))
             if advance is not None:
                 advance(tensors[name].nbytes)
-
-
-def _kind(name: str) -> tuple[list[str], list[int]]:
-    """The name without its numbers, and the numbers."""
-    words = re.split(r"(\d+)", name)
-    return words[::2], [int(number) for number in words[1::2]]
 
 
 def _header(file: File) -> tuple[dict, int]:

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import re
 import secrets
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -233,6 +234,17 @@ def cast(tensor: Tensor, dtype: Any) -> Tensor:
         return found
 
     return Tensor.lazy(tensor.name, dtype, tensor.shape, get)
+
+
+def by_kind(name: str) -> tuple[list[str], list[int]]:
+    """The name without its numbers, and the numbers: so sorted, the layers of a kind follow each other.
+
+    Example:
+        >>> sorted(["layers.10.up", "layers.0.up", "layers.0.down", "layers.2.up"], key=by_kind)
+        ['layers.0.down', 'layers.0.up', 'layers.2.up', 'layers.10.up']
+    """
+    words = re.split(r"(\d+)", name)
+    return words[::2], [int(number) for number in words[1::2]]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

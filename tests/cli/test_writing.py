@@ -124,6 +124,15 @@ def test_prune(run, unchanged, llama, tmp_path):
     assert run("verify", *pair)[0] == 0
 
 
+def test_what_a_killed_command_left(run, llama, tmp_path):
+    left = tmp_path / ".new.saving-0a1b2c3d" / "new"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    before = set(tmp_path.iterdir()) - {left.parent}
+    assert run("prune", llama, tmp_path / "new", "--heads", "0:0,1,2")[0] == 0
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "new"}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
