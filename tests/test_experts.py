@@ -1,6 +1,9 @@
 """Experts: both ways to run them, the loss of routers, and what is refused."""
 
+import copy
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,63 @@ def test_bfloat16_experts(case, how):
     out = loaded.forward(params=params, experts=how)
     assert out.hidden.dtype == jnp.bfloat16
     assert np.median(np.abs(np.asarray(out.logits) - loaded.reference()["logits"])) < 0.1
+
+
+def test_deepseek_routes_in_float32(case):
+    """As transformers' router does, whatever the precision of its weights and of what it reads."""
+    loaded = case("deepseek_v3/causal-lm")
+    router = copy.deepcopy(loaded.model.model.layers[1].mlp.gate).bfloat16()
+    rows = torch.randn(16, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        logits, weights, chosen = (x.numpy() for x in router(rows))
+    ours = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), loaded.unstacked["layers"][1]["moe"]["router"])
+    got = experts.route(ours, jnp.asarray(rows.float().numpy(), jnp.bfloat16), loaded.config.routing)
+    assert np.abs(got.logits - logits).max() < 1e-5
+    order, same = np.argsort(chosen), np.argsort(got.chosen)  # transformers does not sort them
+    assert np.array_equal(np.take_along_axis(chosen, order, 1), np.take_along_axis(got.chosen, same, 1))
+    assert np.abs(np.take_along_axis(weights, order, 1) - np.take_along_axis(got.weights, same, 1)).max() < 1e-5
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import fmodels as fm
+
+folder, inputs, out = sys.argv[1:]
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "experts"))
+params, config = fm.load(folder)
+specs = fm.partition_specs(params, {"x": "experts"})
+params = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs)
+given = np.load(inputs)
+
+def functional(params, how):
+    return (fm.forward(params, config, given["tokens"], experts=how).logits * given["weights"]).sum()
+
+gradient = jax.jit(jax.grad(functional), static_argnums=1)
+found = {how: gradient(params, how)["layers"]["moe"]["router"]["weight"] for how in ("grouped", "dense")}
+np.savez(out, **found)
+"""
+
+
+def test_gradients_of_experts_on_eight_devices(tmp_path, monkeypatch):
+    """Of routers whose tokens go to three experts each: no number of devices that share the experts divides it."""
+    sizes = families.MIXTRAL | {"num_local_experts": 8, "num_experts_per_tok": 3}
+    model = families.build(families.Case("mixtral/causal-lm/sharded", "MixtralForCausalLM", sizes))
+    model.save_pretrained(tmp_path / "m")
+    model.set_experts_implementation("eager")
+    random = np.random.default_rng(0)
+    tokens, weights = random.integers(4, 61, (2, 7)), random.normal(size=(2, 7, 61)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", tokens=tokens, weights=weights)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    command = [sys.executable, "-c", SHARDED, *(str(tmp_path / name) for name in ("m", "in.npz", "out.npz"))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model = model.double()
+    (model(torch.tensor(tokens)).logits * torch.tensor(weights)).sum().backward()
+    want = np.stack([layer.mlp.gate.weight.grad.numpy() for layer in model.model.layers])
+    for how, got in np.load(tmp_path / "out.npz").items():
+        assert (np.abs(got - want) / np.maximum(1, np.abs(want))).max() < 1e-4, how
 
 
 def test_per_example_gradients_of_dense_experts(case):

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fmodels as fm
 from fmodels.models import FAMILIES, _template
+from fmodels.nn import norms
 from tests import families
 
 PLAIN = ["gpt2/causal-lm", "llama/causal-lm", "bert/masked-lm"]
@@ -65,6 +68,13 @@ def test_windows_with_a_gap_in_the_mask(case):
     want = families.reference(loaded.model, given)["logits"]
     got = np.asarray(fm.forward(loaded.params, loaded.config, given["tokens"], mask=given["mask"]).logits)
     assert np.abs(got - want)[given["mask"].astype(bool)].max() < 1e-5
+
+
+def test_an_odd_window_of_both_directions(case):
+    """As transformers was given it; what it writes is the even number that reaches as far."""
+    loaded = case("gemma3_text/base/bidirectional")
+    assert (loaded.case.config["sliding_window"], loaded.config.sliding_window) == (5, 4)
+    loaded.check("left", config=dataclasses.replace(loaded.config, sliding_window=5))
 
 
 def test_big_bird_fills_its_last_block(case):
@@ -217,6 +227,20 @@ def test_bfloat16(case, name):
     assert ours.mean() > ulp / 30  # in bfloat16 indeed
     assert ours.mean() < 1.5 * theirs.mean() + ulp, (ours.mean() / ulp, theirs.mean() / ulp)
     assert ours.max() < 2 * theirs.max() + 8 * ulp, (ours.max() / ulp, theirs.max() / ulp)
+
+
+def test_norms_round_where_transformers_rounds():
+    """In bfloat16, bit for bit but where float32 sums fall on an edge: Llama's before the scale and behind it, others once."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 24, generator=generator).bfloat16() for n in (64, 1))
+    for kind, norm in (
+        (LlamaRMSNorm, norms.rms_norm), (Gemma2RMSNorm, norms.rms_norm_plus_one), (torch.nn.LayerNorm, norms.layer_norm),
+    ):  # fmt: skip
+        module = kind(24, eps=1e-6).bfloat16()
+        module.weight = torch.nn.Parameter(weight[0])
+        want = module(x).detach().float().numpy()
+        numbers, scale = (jnp.asarray(a.float().numpy(), jnp.bfloat16) for a in (x, weight[0]))
+        assert np.mean(np.asarray(norm({"scale": scale}, numbers, 1e-6), np.float32) == want) > 0.99, kind
 
 
 def template_reference(tensors, config, tokens):

@@ -80,7 +80,7 @@ def logits(model, tokens, mask):
         return model(torch.tensor(tokens), **given).logits.numpy()
 
 
-@pytest.mark.parametrize("length", [8, LENGTH], ids=["below", "beyond"])
+@pytest.mark.parametrize("length", [8, ORIGINAL, LENGTH], ids=["below", "at", "beyond"])
 def test_logits(made, length):
     _, model, _, params, config = made
     tokens = np.random.default_rng(0).integers(4, 61, (2, LENGTH))

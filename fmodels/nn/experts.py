@@ -92,7 +92,8 @@ def route(params: Params, rows: Array, routing: Routing) -> Routed:
         kept = jax.nn.one_hot(_largest(best, routing.groups_kept), routing.groups, dtype=bool).any(1)
         choice = jnp.where(kept[..., None], grouped, -jnp.inf).reshape(choice.shape)
     chosen = _largest(choice, routing.top)
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    # No gather: where experts lie on several devices, XLA's partitioner makes a wrong gradient of it (jaxlib 0.10.2).
+    weights = jnp.where(_is_chosen(chosen, scores.shape[-1]), scores[:, None], 0.0).sum(-1)
     if routing.renormalise:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     return Routed(logits, chosen, weights * routing.scale)
@@ -102,6 +103,11 @@ def _largest(x: Array, count: int) -> Array:
     """The places of the largest numbers of the last axis, int32; of equal ones the first."""
     # By a sort: jax exports top_k as an operation that TensorFlow 2.21 cannot read.
     return jnp.argsort(x, axis=-1, descending=True, stable=True)[..., :count].astype(jnp.int32)
+
+
+def _is_chosen(chosen: Array, count: int) -> Array:
+    """`(… x)` bool, which of so many experts each of the `(…)` is."""
+    return jax.nn.one_hot(chosen, count, dtype=bool)
 
 
 def moe(params: Params, x: Array, routing: Routing, gate: Gate, *, how: str | None = None) -> tuple[Array, Array]:
@@ -170,8 +176,7 @@ BY_EXPERT = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0]
 
 def _dense(params: Params, rows: Array, routed: Routed, gate: Gate) -> Array:
     """`(n d)` float32, all experts on all tokens; those that are not chosen have the weight 0."""
-    number = jnp.arange(routed.logits.shape[1], dtype=routed.chosen.dtype)
-    weights = jnp.where(routed.chosen[..., None] == number[None, None], routed.weights[..., None], 0.0).sum(1)
+    weights = jnp.where(_is_chosen(routed.chosen, routed.logits.shape[1]), routed.weights[..., None], 0.0).sum(1)
     inner = gate(linear(params["gate"], rows, "nd,xid->nxi"), linear(params["up"], rows, "nd,xid->nxi"))
     down = plain(params["down"]["weight"], inner).astype(inner.dtype)
     y = jnp.einsum("nxi,xdi->xnd", inner, down, precision=precision(inner.dtype))
