@@ -65,9 +65,9 @@ def test_loading_info_is_that_of_transformers(library, folder):
 
 def test_mismatched_sizes_are_those_of_transformers(library, tmp_path):
     config = dataclasses.replace(BERT, task="sequence-classification", num_labels=3)
-    params = fm.init(config, jax.random.key(0))
+    params = fm.init(config, jax.random.key(0), dtype="bfloat16")
     fm.save(params, config, tmp_path)
-    _, want = transformers.BertForSequenceClassification.from_pretrained(
+    theirs, want = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
     )
     load = library.wrapper.from_pretrained
@@ -78,6 +78,7 @@ def test_mismatched_sizes_are_those_of_transformers(library, tmp_path):
     assert model.params["classifier"]["weight"].shape == (5, 8)
     drawn = np.asarray(model.params["classifier"]["weight"])
     assert 0 < np.abs(drawn).max() < 0.2
+    assert str(theirs.classifier.weight.dtype) == f"torch.{drawn.dtype}"
     before, after = bits(params), bits(model.params)
     assert {p for p in after if after[p] != before[p]} == {"classifier.weight", "classifier.bias"}
     with pytest.raises(ValueError, match=r"classifier\.weight.*drawn anew"):
