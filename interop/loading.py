@@ -223,6 +223,11 @@ def read_config(config: Any, task: str | None = None) -> Any:
     if hasattr(config, "to_json_string"):
         config = json.loads(config.to_json_string())
     if isinstance(config, Mapping):
+        if "model_type" not in config:
+            raise ValueError(
+                f"from_pretrained: config has no 'model_type', but {', '.join(map(repr, config)) or 'nothing'}; pass a whole "
+                "config.json, or single fields as arguments"
+            )
         return fm.models.family(config["model_type"]).config.from_hf(config, task=task)
     if config is not None and not hasattr(config, "to_hf"):
         raise TypeError(

@@ -123,6 +123,7 @@ def test_state_dicts_configs_and_other_names(library, folder):
             {"state_dict": tensors, "config": GPT2, "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
         ),
         (ValueError, {"state_dict": tensors, "config": GPT2, "dtype": {"": "float32"}}),
+        (ValueError, {"state_dict": tensors, "config": {"hidden_size": 8}}),
     ):
         with pytest.raises(error, match="from_pretrained"):
             load(None, **options)
