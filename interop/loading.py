@@ -238,6 +238,12 @@ def read_config(config: Any, task: str | None = None) -> Any:
     return config
 
 
+def setting(config: Any, name: str, default: Any) -> Any:
+    """What config.json says of a key that changes no number of `forward`, such as `output_attentions`."""
+    value = json.loads(dict(config.extra).get(name, "null"))
+    return default if value is None else value
+
+
 def _with_fields(config: Any, options: Mapping[str, Any]) -> Any:
     """The config with other values of some of its fields, by our names, or by those of a config.json."""
     fields = {field.name for field in dataclasses.fields(config)}
