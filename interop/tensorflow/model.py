@@ -190,7 +190,7 @@ class TFModel(Pretrained, tf.Module):
         """Runs the model; see `fm.forward`.
 
         Args:
-            tokens: `(b t)` int32 or int64; `(b n t)` for multiple choice. Also `input_ids`.
+            tokens: `(b t)` int32 or int64; `(b n t)` for multiple choice. Also `input_ids`; or a dict of all inputs.
             mask: `(b t)` bool or 0/1, True for real tokens; all real if None. Also `attention_mask`.
             positions: `(b t)` int. Also `position_ids`.
             token_types: `(b t)` int. Also `token_type_ids`.
@@ -210,6 +210,8 @@ class TFModel(Pretrained, tf.Module):
             ValueError: wrong shapes or dtypes, no tokens, tokens outside of the vocabulary.
             TypeError: an unknown name, or an input under both of its names.
         """
+        if isinstance(tokens, Mapping):
+            tokens, aliases = None, {**tokens, **aliases}
         given = {"tokens": tokens, "mask": mask, "positions": positions, "token_types": token_types}
         if self.config.is_encoder_decoder:
             given |= {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask}
