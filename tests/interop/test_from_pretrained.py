@@ -103,6 +103,13 @@ def test_state_dicts_configs_and_other_names(library, folder):
     assert load(folder, config=theirs).config.norm_eps == 1e-5
     assert library.wrapper.from_config(theirs, seed=0).config.norm_eps == 1e-5
     assert json.loads(dict(load(folder, use_cache=False).config.extra)["use_cache"]) is False  # changes no number
+    options = {"output_hidden_states": True, "output_attentions": True}  # in config.json for all calls
+    theirs, model = transformers.BertForMaskedLM.from_pretrained(folder, **options), load(folder, **options)
+    out, want = model(library.tensor([[1, 2, 3]], "int32")), theirs(torch.tensor([[1, 2, 3]]))
+    for name in ("hidden_states", "attentions"):
+        found = library.numpy(getattr(out, name))
+        np.testing.assert_allclose(found, torch.stack(getattr(want, name)).numpy(force=True), atol=1e-5)
+    assert model(library.tensor([[1, 2, 3]], "int32"), output_attentions=False).attentions is None
     assert load(folder, hidden_act="relu").config.activation == "relu"
     assert load(folder, generation_config={"top_k": 4}).config.generation.top_k == 4
     assert load(folder, generation_config=transformers.GenerationConfig(top_k=3)).config.generation.top_k == 3
