@@ -168,12 +168,14 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: a revision that cannot be one.
+        ValueError: a revision that cannot be one, or with `create_pr`.
         OSError: no such folder, or the Hub refuses or cannot be reached.
     """
     folder, revision = Path(folder), _checked("push", revision)
     if not folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(folder)!r} is none; save the checkpoint first")
+    if create_pr and revision is not None:
+        raise ValueError("push: a pull request is always against the default branch; leave revision= or create_pr= out")
     with _errors("push", repo_id, revision or "main", token):
         from huggingface_hub import HfApi
 
@@ -389,6 +391,10 @@ def _advice(error: Exception) -> str:
         (
             _is_unreachable,
             "the Hub cannot be reached and the cache does not have it; check the network and HF_ENDPOINT",
+        ),
+        (
+            lambda e: isinstance(e, errors.LocalTokenNotFoundError),
+            "token=True is the stored token, and none is; run `hf auth login`, or set HF_TOKEN",
         ),
         (lambda e: isinstance(e, errors.HFValidationError), "no valid id; write 'owner/name'"),
         (lambda e: bool(_kinds(e) & BAD_HEADER), "the token is empty or no token; check token="),

@@ -34,11 +34,13 @@ def flatten(params: Params) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """The inverse of `flatten`; a node whose names are 0, 1, 2, … becomes a tuple.
+    """The inverse of `flatten`; a node whose names are 0, 1, 2, … becomes a tuple, one where some of them lack does not.
 
     Example:
         >>> unflatten({"embed.tokens": 1, "layers.0.norm": 2, "layers.1.norm": 3})
         {'embed': {'tokens': 1}, 'layers': ({'norm': 2}, {'norm': 3})}
+        >>> unflatten({"layers.1.lora": 2})
+        {'layers': {'1': {'lora': 2}}}
     """
     root: Params = {}
     for path, leaf in flat.items():
@@ -52,9 +54,8 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
         if not isinstance(node, dict):
             return node
         children = {name: tuples(child) for name, child in node.items()}
-        if children and all(name.isdigit() for name in children):
-            return tuple(children[str(i)] for i in range(len(children)))
-        return children
+        numbers = [str(i) for i in range(len(children))]
+        return tuple(children[i] for i in numbers) if children and children.keys() == set(numbers) else children
 
     return tuples(root)
 

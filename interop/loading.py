@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fmodels as fm
@@ -159,22 +160,23 @@ def load(
     arrays = to_arrays({_renamed(name, key_mapping or {}): tensor for name, tensor in tensors.items()}, found)
     differ = fm.loading_info(_shapes(arrays), found)
     mismatched = differ.mismatched if ignore_mismatched_sizes else {}
+    types = [a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize > 1]
     arrays = {name: array for name, array in arrays.items() if name not in mismatched}
     if mismatched or (task is not None and key is not None):
-        arrays |= _drawn(found, fm.loading_info(_shapes(arrays), found).missing, key)
+        arrays |= _drawn(found, fm.loading_info(_shapes(arrays), found).missing, key, next(iter(types), "float32"))
     params = fm.from_disk(arrays, found, layers=layers)
     params = params if dtype is None else fm.cast(params, dtype)
     return Loaded(fm.dequantize(params), _finished(found, generation_config), _info(differ, mismatched))
 
 
-def _drawn(config: Any, names: list[str], key: Any) -> dict[str, np.ndarray]:
+def _drawn(config: Any, names: list[str], key: Any, dtype: Any) -> dict[str, np.ndarray]:
     """Tensors as the family draws them; others are not drawn."""
     if key is None:
         raise ValueError(f"from_pretrained: {', '.join(names)} must be drawn anew; pass key=jax.random.key(…) or seed=")
 
     @jax.jit  # which leaves out what is not asked for
     def draw(key: Any) -> dict[str, Any]:
-        drawn = fm.to_disk(fm.init(config, key), config)
+        drawn = fm.to_disk(fm.init(config, key, dtype=dtype), config)
         return {name: drawn[name] for name in names}
 
     return {name: np.asarray(array) for name, array in draw(key).items()}
@@ -221,6 +223,11 @@ def read_config(config: Any, task: str | None = None) -> Any:
     if hasattr(config, "to_json_string"):
         config = json.loads(config.to_json_string())
     if isinstance(config, Mapping):
+        if "model_type" not in config:
+            raise ValueError(
+                f"from_pretrained: config has no 'model_type', but {', '.join(map(repr, config)) or 'nothing'}; pass a whole "
+                "config.json, or single fields as arguments"
+            )
         return fm.models.family(config["model_type"]).config.from_hf(config, task=task)
     if config is not None and not hasattr(config, "to_hf"):
         raise TypeError(
@@ -229,6 +236,12 @@ def read_config(config: Any, task: str | None = None) -> Any:
     if config is not None and task is not None and task != config.task:
         return dataclasses.replace(config, task=task)
     return config
+
+
+def setting(config: Any, name: str, default: Any) -> Any:
+    """What config.json says of a key that changes no number of `forward`, such as `output_attentions`."""
+    value = json.loads(dict(config.extra).get(name, "null"))
+    return default if value is None else value
 
 
 def _with_fields(config: Any, options: Mapping[str, Any]) -> Any:

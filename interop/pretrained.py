@@ -18,7 +18,7 @@ import numpy as np
 import fmodels as fm
 from interop import masks
 from interop.adapters import Adapters
-from interop.loading import load, read_config
+from interop.loading import load, read_config, setting
 from interop.positions import resize_positions
 
 logger = logging.getLogger("fmodels")
@@ -97,6 +97,14 @@ class Pretrained(Adapters):
     def _lowest(dtype: Any) -> float:
         """The lowest number of a dtype."""
         raise NotImplementedError
+
+    def _asked(self, **wanted: bool | None) -> tuple[str, ...]:
+        """Those of `hidden_states` and `attentions` that a call returns; None is what config.json says."""
+        return tuple(
+            name
+            for name, value in wanted.items()
+            if (setting(self.config, f"output_{name}", False) if value is None else value)
+        )
 
     # --- from and to disk ---------------------------------------------------------------------------------------------
 

@@ -87,6 +87,10 @@ BROKEN = {
     "no heads": (lambda f: edit_config(f, n_head=0), ["n_head=0"]),
     "text for a number": (lambda f: edit_config(f, n_layer="three"), ["n_layer", "'three'"]),
     "negative size": (lambda f: edit_config(f, n_layer=-1), ["n_layer", "-1"]),
+    "layers without end": (lambda f: edit_config(f, n_layer=10**9), ["n_layer=1000000000"]),  # whose names fill the memory
+    "a list for a model_type": (lambda f: edit_config(f, model_type=["gpt2"]), ["['gpt2']", "supported"]),
+    "text for architectures": (lambda f: edit_config(f, architectures="GPT2LMHeadModel"), ["list of names", "'GPT2LMHeadModel'"]),
+    "lists for architectures": (lambda f: edit_config(f, architectures=[["GPT2LMHeadModel"]]), ["list of names"]),
     "broken json": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
     "json list": (lambda f: (f / "config.json").write_text("[1]"), ["config.json", "JSON object", "list"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),

@@ -11,6 +11,7 @@ import pytest
 
 import fmodels as fm
 from fmodels import hub
+from fmodels.cli import main
 from fmodels.weights import Tensor, read_folder, write_folder
 from tests.loopback_hub import LoopbackHub, Repo
 
@@ -163,6 +164,7 @@ def test_refusals(site, tmp_path):
     assert "revision 'v9'" in refusal(hub.resolve, "me/private", token="right", revision="v9")[0]
     assert "weights.pth" in refusal(hub.resolve, "me/empty")[0]
     assert "not complete" in refusal(hub.resolve, "me/private", local_files_only=True)[0]
+    assert "run `hf auth login`" in refusal(hub.resolve, "me/gated", token=True)[0]
     for token in (SECRET + "\n", ""):  # illegal headers, which the HTTP library quotes
         assert "check token=" in refusal(hub.resolve, "me/private", token=token)[0]
     assert hub.resolve("me/private", token="right").is_dir()
@@ -232,6 +234,11 @@ def test_push_as_a_pull_request(site, tmp_path):
     assert url == f"{site.url}/me/theirs/discussions/1"
     assert sorted(repo.find("main")[1]) == ["README.md"]
     assert sorted(repo.find("refs/pr/1")[1]) == ["README.md", "model.safetensors"]
+    with pytest.raises(
+        ValueError, match="against the default branch"
+    ):  # as huggingface_hub says after it has made the branch
+        hub.push(tmp_path / "out", "me/theirs", create_pr=True, revision="dev")
+    assert sorted(repo.refs) == ["main", "refs/pr/1"]
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own call of httpx
@@ -244,6 +251,19 @@ def test_push_of_large_files(site, tmp_path):
     assert [path for method, path in site.requests if method == "PUT"]
     assert np.array_equal(read_folder(hub.resolve("me/large"))[0]["a"].array(), big)
     assert len(site.large) == 1  # config.json is a file of the commit
+
+
+def test_commands_take_a_token_and_never_print_it(site, capsys):
+    files = {f"sub/{path.name}": path.read_bytes() for path in Path(fm.assets.TINY_LLAMA).iterdir() if path.is_file()}
+    site.repos["me/private"] = Repo(files, token="hf_right")
+    assert main(["info", "me/private", "--subfolder", "sub", "--token", "hf_right"]) == 0
+    assert "llama" in capsys.readouterr().out
+    assert main(["generate", "me/private", "hello", "--token", SECRET]) == 2
+    with pytest.raises(SystemExit):
+        main(["verify", "me/private", "--token", SECRET])
+    text = capsys.readouterr()
+    assert SECRET not in text.out + text.err
+    assert "unrecognized arguments: --token hf_" in text.err
 
 
 def test_environment_of_another_process(site, tmp_path):

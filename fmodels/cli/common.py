@@ -15,7 +15,13 @@ def resolve(args: argparse.Namespace) -> Path:
     """The folder or file of SOURCE, downloaded if it is on the Hub."""
     from fmodels import hub
 
-    return hub.resolve(args.source, revision=args.revision, local_files_only=args.offline)
+    return hub.resolve(
+        args.source,
+        revision=args.revision,
+        subfolder=args.subfolder,
+        token=args.token,
+        local_files_only=args.offline,
+    )
 
 
 def print_json(value: Any) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fmodels.cli.exporting import run_export
 from fmodels.cli.reading import run_bench, run_demo, run_generate, run_info, run_verify
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fmodels",
         description="Pretrained transformers: look at checkpoints, run, convert, check and change them.",
         epilog="`fmodels COMMAND --help` shows the options of a command and an example.",
@@ -259,13 +260,19 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--certify", action="store_true", help="verify first, and put the certificate into the model card"
     )
-    push.add_argument("--token", help="default: HF_TOKEN, or that of `hf auth login`")
+    _token(push)
 
     bench = command(
         "bench", run_bench, "speed and memory, against transformers where it is installed", "fmodels bench --json"
     )
     bench.add_argument("names", metavar="NAME", nargs="*", help="which measurements (default: all)")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, which quotes arguments, but no token of the Hub."""
+        super().error(re.sub(r"hf_\w+", "hf_…", message))
 
 
 class _Version(argparse.Action):
@@ -279,7 +286,13 @@ class _Version(argparse.Action):
 def _source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a folder, or a Hub id such as openai-community/gpt2")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
+    parser.add_argument("--subfolder", metavar="NAME", help="of the source")
     parser.add_argument("--offline", action="store_true", help="use the Hub's cache and no network")
+    _token(parser)
+
+
+def _token(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--token", help="default: HF_TOKEN, or that of `hf auth login`")
 
 
 def _generation(parser: argparse.ArgumentParser) -> None:

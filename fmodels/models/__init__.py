@@ -143,8 +143,8 @@ def family(which: str | Config) -> Family:
     Raises:
         ValueError: there is none, with the list of those that are.
     """
-    name = which if isinstance(which, str) else which.model_type
-    if name not in FAMILIES:
+    name = getattr(which, "model_type", which)
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"family: model_type {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -54,6 +55,12 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 """Keys that would change the numbers, with the values at which they do not."""
 
+
+COUNTS = ("num_layers", "decoder_num_layers", "num_experts")
+"""Fields that say how many tensors there are."""
+
+MOST = 2**16
+"""Of their product, so that a wrong config.json does not fill the memory with names of tensors."""
 
 SIZES = (frozenset(schema.SIZES.values()) | {f"decoder_{name}" for name in schema.SIZES.values()}) - {"num_labels"}
 """Fields that are sizes of axes."""
@@ -235,6 +242,12 @@ class Config:
             raise ValueError(
                 f"{cls.model_type}.Config.from_hf: sizes are positive integers; config.json says {', '.join(wrong)}"
             )
+        counts = {key: data[key] for field, key in cls.HF.items() if field in COUNTS and data.get(key)}
+        if math.prod(counts.values()) > MOST:
+            raise ValueError(
+                f"{cls.model_type}.Config.from_hf: no model has so many layers and experts; config.json says "
+                + ", ".join(f"{key}={value!r}" for key, value in counts.items())
+            )
         own = cls.read_special(data, fields, problems)
         for key, value in data.items():
             if key in own or key in ("model_type", "architectures", "dtype", "torch_dtype", "label2id"):
@@ -297,6 +310,8 @@ class Config:
             raise ValueError(
                 f"load: config.json of this {cls.model_type} model has no 'architectures'; pass task=, one of {', '.join(known.values())}"
             )
+        if not isinstance(architectures, list | tuple) or not isinstance(architectures[0], str):
+            raise ValueError(f"load: 'architectures' of config.json is a list of names, got {architectures!r}")
         if architectures[0] not in every:
             raise ValueError(
                 f"load: architecture {architectures[0]!r} is not supported for {cls.model_type}; supported are "

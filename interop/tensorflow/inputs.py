@@ -27,12 +27,13 @@ def read_inputs(what: str, config: Any, given: Mapping[str, Any], aliases: Mappi
     """The inputs that are there, as tensors, by our names; checks what can be known before the values."""
     inputs = dict(given)
     for name, value in aliases.items():
-        if name not in ALIASES or ALIASES[name] not in given:
+        own = ALIASES.get(name, name)
+        if own not in given:
             raise TypeError(f"{what}: unknown input {name!r}; expected {', '.join((*given, *ALIASES))}")
-        if value is not None and inputs[ALIASES[name]] is not None:
-            raise TypeError(f"{what}: {name} and {ALIASES[name]} are the same input; pass one of them")
-        inputs[ALIASES[name]] = value if inputs[ALIASES[name]] is None else inputs[ALIASES[name]]
-    tensors = {name: tf.convert_to_tensor(value) for name, value in inputs.items() if value is not None}
+        if value is not None and inputs[own] is not None:
+            raise TypeError(f"{what}: {name} and {own} are the same input; pass one of them")
+        inputs[own] = value if inputs[own] is None else inputs[own]
+    tensors = {name: _tensor(what, name, value) for name, value in inputs.items() if value is not None}
     if "tokens" not in tensors:
         raise ValueError(f"{what}: tokens (or input_ids) are missing")
     shape = tensors["tokens"].shape
@@ -54,6 +55,15 @@ def read_inputs(what: str, config: Any, given: Mapping[str, Any], aliases: Mappi
     if problems:
         raise ValueError(f"{what}: " + "; ".join(problems))
     return tensors
+
+
+def _tensor(what: str, name: str, value: Any) -> tf.Tensor:
+    try:
+        return tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what}: {name} must be a tensor whose rows are equally long, got {type(value).__name__}; pad them, and pass mask="
+        ) from error
 
 
 def check_values(tables: Any, inputs: Mapping[str, tf.Tensor]) -> None:

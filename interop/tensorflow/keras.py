@@ -81,12 +81,17 @@ class TFLayer(tf.keras.layers.Layer):
     def call(self, inputs: Any) -> tf.Tensor:
         """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`.
 
+        Tokens may be floating, as those of a `Sequential` without `Input` are: Keras' `Embedding` takes them, too.
+
         Raises:
             ValueError: the model has got other variables since; it does not give the output that the layer is made for.
         """
         if {id(variable) for variable in self.model.variables} != {id(weight.value) for weight in self.weights}:
             raise ValueError("TFLayer: its model has got new variables, which Keras does not train; make a new TFLayer")
-        out = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        if not isinstance(inputs, Mapping):
+            inputs = tf.convert_to_tensor(inputs)
+            inputs = tf.cast(inputs, tf.int32) if inputs.dtype.is_floating else inputs
+        out = self.model(inputs)
         value = getattr(out, self.output_field)
         if value is None:
             raise ValueError(f"TFLayer: a model of task {self.model.config.task!r} has no {self.output_field}")

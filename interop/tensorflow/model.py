@@ -190,7 +190,7 @@ class TFModel(Pretrained, tf.Module):
         """Runs the model; see `fm.forward`.
 
         Args:
-            tokens: `(b t)` int32 or int64; `(b n t)` for multiple choice. Also `input_ids`.
+            tokens: `(b t)` int32 or int64; `(b n t)` for multiple choice. Also `input_ids`; or a dict of all inputs.
             mask: `(b t)` bool or 0/1, True for real tokens; all real if None. Also `attention_mask`.
             positions: `(b t)` int. Also `position_ids`.
             token_types: `(b t)` int. Also `token_type_ids`.
@@ -198,8 +198,8 @@ class TFModel(Pretrained, tf.Module):
             decoder_mask: `(b t)` bool or 0/1. Also `decoder_attention_mask`.
             hidden_states: also return the input of every layer.
             attentions: also return the weights of every attention.
-            output_hidden_states: another name of `hidden_states`.
-            output_attentions: another name of `attentions`.
+            output_hidden_states: another name of `hidden_states`; None: what config.json says, False if nothing.
+            output_attentions: another name of `attentions`; None: as above.
             training: of no effect: there is no dropout.
             **aliases: the inputs by transformers' names, such as `model(**tokenizer(texts, return_tensors="tf"))`.
 
@@ -210,6 +210,8 @@ class TFModel(Pretrained, tf.Module):
             ValueError: wrong shapes or dtypes, no tokens, tokens outside of the vocabulary.
             TypeError: an unknown name, or an input under both of its names.
         """
+        if isinstance(tokens, Mapping):
+            tokens, aliases = None, {**tokens, **aliases}
         given = {"tokens": tokens, "mask": mask, "positions": positions, "token_types": token_types}
         if self.config.is_encoder_decoder:
             given |= {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask}
@@ -218,11 +220,9 @@ class TFModel(Pretrained, tf.Module):
         inputs = read_inputs("TFModel", self.config, given, aliases)
         check_values(self._tables, inputs)
         ready = {name: tf.cast(value, kind_of(name)) for name, value in inputs.items()}
-        options = {
-            "hidden_states": hidden_states or output_hidden_states,
-            "attentions": attentions or output_attentions,
-        }
-        asked = tuple(name for name, wanted in options.items() if wanted)
+        asked = self._asked(
+            hidden_states=hidden_states or output_hidden_states, attentions=attentions or output_attentions
+        )
         key = (tuple(ready), inputs["tokens"].shape.rank, asked)
         functions = self._functions.by_inputs
         if key not in functions:

@@ -70,15 +70,35 @@ class Differentiable(torch.autograd.Function):
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _ = ctx.saved_tensors  # raises if one was changed in place since
+        tensors = ctx.saved_tensors  # raises if one was changed in place since
         cotangents = {
             name: to_jax(name, torch.zeros(shape, dtype=dtype) if gradient is None else gradient)
             for name, (shape, dtype), gradient in zip(ctx.call.fields, ctx.like, gradients, strict=True)
         }
         found = jax.block_until_ready(_backward(ctx.vjp, cotangents))
-        return None, *(to_tensor(found[name]) if name in found else None for name in ctx.call.names)
+        values = [to_tensor(value) for value in found.values()]
+        if torch.is_grad_enabled():  # by create_graph=True
+            values = Once.apply(len(values), *values, *tensors)
+        named = dict(zip(found, values, strict=True))
+        return None, *map(named.get, ctx.call.names)
+
+
+class Once(torch.autograd.Function):
+    """The first of the tensors, as functions of the others, whose gradients there are not.
+
+    PyTorch's `once_differentiable` looks at the incoming gradients alone: the second derivatives of a sum of logits would be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "TorchModel: second derivatives are not available; take them of fm.forward with jax.grad, or use TFModel"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "asked", "adapters"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from interop.loading import setting
 from interop.torch.arrays import kind_of
 
 IGNORED = -100
@@ -85,18 +86,38 @@ def loss_of(
         case "replaced-token-detection":
             each = functional.binary_cross_entropy_with_logits(logits, labels["labels"].float(), reduction="none")
             return each.mean() if mask is None else each[mask == 1].mean()
-        case "sequence-classification" if logits.shape[-1] == 1:
-            return functional.mse_loss(logits.squeeze(-1), labels["labels"].squeeze().float())
-        case "sequence-classification" if labels["labels"].is_floating_point():
-            return functional.binary_cross_entropy_with_logits(logits, labels["labels"].float())
+        case "sequence-classification":
+            return _classification(config, logits, labels["labels"])
         case _:
             return _cross_entropy(logits, labels["labels"])
 
 
+def _classification(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Of rows `(b c)`, the loss that `problem_type` of config.json names; without one the labels say which."""
+    likely = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    match setting(config, "problem_type", "regression" if logits.shape[-1] == 1 else likely):
+        case "regression":
+            return functional.mse_loss(logits, _fitting(labels, logits).float())
+        case "multi_label_classification":
+            return functional.binary_cross_entropy_with_logits(logits, _fitting(labels, logits).float())
+        case "single_label_classification":
+            return _cross_entropy(logits, labels)
+        case problem:
+            raise ValueError(
+                f"TorchModel: problem_type {problem!r} of config.json has no loss; one of regression, "
+                "single_label_classification, multi_label_classification has"
+            )
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, ignored: int = IGNORED) -> Tensor:
-    if labels.numel() != logits[..., 0].numel():
-        raise ValueError(
-            f"TorchModel: labels are {tuple(labels.shape)}, for logits {tuple(logits.shape)}; expected one each"
-        )
     rows = logits.reshape(-1, logits.shape[-1])
+    labels = _fitting(labels, logits[..., 0], logits)
     return functional.cross_entropy(rows, labels.reshape(-1).to(torch.int64), ignore_index=ignored)
+
+
+def _fitting(labels: Tensor, places: Tensor, logits: Tensor | None = None) -> Tensor:
+    """The labels in the shape of the places that they are for."""
+    if labels.numel() != places.numel():
+        shape = tuple((places if logits is None else logits).shape)
+        raise ValueError(f"TorchModel: labels are {tuple(labels.shape)}, for logits {shape}; expected one each")
+    return labels.reshape(places.shape)

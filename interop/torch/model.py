@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fmodels as fm
 from interop.adapters import PREFIX
 from interop.generation import GeneratedDict, generate
+from interop.loading import setting
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
 from interop.torch.arrays import from_numpy, kind_of, to_numpy, to_tensor
@@ -119,9 +120,9 @@ class TorchModel(Pretrained, nn.Module):
             decoder_attention_mask: another name of `decoder_mask`.
             hidden_states: also return the input of every layer.
             attentions: also return the weights of every attention.
-            output_hidden_states: another name of `hidden_states`.
-            output_attentions: another name of `attentions`.
-            return_dict: False returns `to_tuple()`.
+            output_hidden_states: another name of `hidden_states`; None: what config.json says, False if nothing.
+            output_attentions: another name of `attentions`; None: as above.
+            return_dict: False returns `to_tuple()`; None: what config.json says, True if nothing.
             use_cache: of no effect: `generate` has a cache, this has none.
             labels: of each token, or of each row: what `loss` is computed of, as transformers does for the task; -100 does not
                 count. Of double heads those of the language model. Without decoder tokens an encoder-decoder language model
@@ -156,12 +157,9 @@ class TorchModel(Pretrained, nn.Module):
             decoder_mask=either("decoder_mask", decoder_mask, "decoder_attention_mask", decoder_attention_mask),
         )
         tensors = {**self._tensors(), **self._adapter_tensors()}
-        options = {
-            "hidden_states": hidden_states or output_hidden_states,
-            "attentions": attentions or output_attentions,
-            "remat": self.is_gradient_checkpointing,
-        }
-        asked = tuple(name for name, wanted in options.items() if wanted)
+        asked = self._asked(
+            hidden_states=hidden_states or output_hidden_states, attentions=attentions or output_attentions
+        ) + (("remat",) if self.is_gradient_checkpointing else ())
         call = Call(list(tensors), inputs, self.config, asked, self._using())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
             values = Differentiable.apply(call, *tensors.values())
@@ -171,7 +169,8 @@ class TorchModel(Pretrained, nn.Module):
         if given:
             assert out.logits is not None
             out = dataclasses.replace(out, loss=loss_of(self.config, out.logits, out.sequence_logits, given, mask))
-        return out.to_tuple() if return_dict is False else out
+        named = setting(self.config, "return_dict", True) if return_dict is None else return_dict
+        return out if named else out.to_tuple()
 
     @property
     def params(self) -> fm.Params:

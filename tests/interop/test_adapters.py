@@ -27,9 +27,9 @@ def library(request):
 
 @pytest.fixture(scope="module")
 def made(case, tmp_path_factory):
-    """A row of the table, PEFT's model with an adapter, and the folder that it saves."""
+    """A row of the table, PEFT's model with an adapter of its second layer, and the folder that it saves."""
     row = case("llama/causal-lm")
-    adapted = peft(row.model, {"target_modules": ["q_proj", "down_proj"]})
+    adapted = peft(row.model, {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]})
     folder = tmp_path_factory.mktemp("adapter")
     adapted.save_pretrained(folder)
     return row, adapted, folder

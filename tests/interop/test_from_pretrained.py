@@ -65,9 +65,9 @@ def test_loading_info_is_that_of_transformers(library, folder):
 
 def test_mismatched_sizes_are_those_of_transformers(library, tmp_path):
     config = dataclasses.replace(BERT, task="sequence-classification", num_labels=3)
-    params = fm.init(config, jax.random.key(0))
+    params = fm.init(config, jax.random.key(0), dtype="bfloat16")
     fm.save(params, config, tmp_path)
-    _, want = transformers.BertForSequenceClassification.from_pretrained(
+    theirs, want = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
     )
     load = library.wrapper.from_pretrained
@@ -78,6 +78,7 @@ def test_mismatched_sizes_are_those_of_transformers(library, tmp_path):
     assert model.params["classifier"]["weight"].shape == (5, 8)
     drawn = np.asarray(model.params["classifier"]["weight"])
     assert 0 < np.abs(drawn).max() < 0.2
+    assert str(theirs.classifier.weight.dtype) == f"torch.{drawn.dtype}"
     before, after = bits(params), bits(model.params)
     assert {p for p in after if after[p] != before[p]} == {"classifier.weight", "classifier.bias"}
     with pytest.raises(ValueError, match=r"classifier\.weight.*drawn anew"):
@@ -102,6 +103,13 @@ def test_state_dicts_configs_and_other_names(library, folder):
     assert load(folder, config=theirs).config.norm_eps == 1e-5
     assert library.wrapper.from_config(theirs, seed=0).config.norm_eps == 1e-5
     assert json.loads(dict(load(folder, use_cache=False).config.extra)["use_cache"]) is False  # changes no number
+    options = {"output_hidden_states": True, "output_attentions": True}  # in config.json for all calls
+    theirs, model = transformers.BertForMaskedLM.from_pretrained(folder, **options), load(folder, **options)
+    out, want = model(library.tensor([[1, 2, 3]], "int32")), theirs(torch.tensor([[1, 2, 3]]))
+    for name in ("hidden_states", "attentions"):
+        found = library.numpy(getattr(out, name))
+        np.testing.assert_allclose(found, torch.stack(getattr(want, name)).numpy(force=True), atol=1e-5)
+    assert model(library.tensor([[1, 2, 3]], "int32"), output_attentions=False).attentions is None
     assert load(folder, hidden_act="relu").config.activation == "relu"
     assert load(folder, generation_config={"top_k": 4}).config.generation.top_k == 4
     assert load(folder, generation_config=transformers.GenerationConfig(top_k=3)).config.generation.top_k == 3
@@ -122,6 +130,7 @@ def test_state_dicts_configs_and_other_names(library, folder):
             {"state_dict": tensors, "config": GPT2, "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0])},
         ),
         (ValueError, {"state_dict": tensors, "config": GPT2, "dtype": {"": "float32"}}),
+        (ValueError, {"state_dict": tensors, "config": {"hidden_size": 8}}),
     ):
         with pytest.raises(error, match="from_pretrained"):
             load(None, **options)

@@ -50,6 +50,19 @@ def test_regression_and_several_labels(case, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "single_label_classification"])
+def test_the_problem_that_the_config_names(case, monkeypatch, problem):
+    loaded = case("bert/sequence-classification")
+    monkeypatch.setattr(loaded.model.config, "problem_type", problem)
+    config = type(loaded.config).from_hf(loaded.model.config.to_dict(), task=loaded.config.task)
+    tokens, labels = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1.0, 0, 1], [0, 0.5, 1]])
+    labels = torch.tensor([2, 0]) if problem.startswith("single") else labels
+    model = TorchModel(loaded.params, config)
+    torch.testing.assert_close(model(tokens, labels=labels).loss, loaded.model(tokens, labels=labels).loss)
+    with pytest.raises(ValueError, match=r"labels are \(1,\), for logits \(2, 3\)"):
+        model(tokens, labels=labels.flatten()[:1])
+
+
 def test_arguments_of_transformers(case):
     loaded = case("gpt2/causal-lm")
     model, tokens = TorchModel(loaded.params, loaded.config), torch.tensor([[5, 6, 7]])

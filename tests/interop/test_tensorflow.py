@@ -120,7 +120,7 @@ def test_adam_inside_tf_function_and_aliases(case):
     @tf.function(autograph=False)
     def step(tokens):
         with tf.GradientTape() as tape:
-            logits = model(input_ids=tokens, attention_mask=tf.ones_like(tokens)).logits
+            logits = model({"input_ids": tokens, "attention_mask": tf.ones_like(tokens)}).logits
             loss = tf.reduce_mean(
                 tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tokens[:, 1:], logits=logits[:, :-1])
             )
@@ -291,6 +291,8 @@ def test_bad_inputs(case):
     for match, arguments in {
         r"tokens have shape \(b t\) for task 'causal-lm'; got \(7,\)": {"tokens": tokens[0]},
         "there are no tokens": {"tokens": tokens[:, :0]},
+        "tokens must be a tensor whose rows are equally long, got list": {"tokens": [[1, 2], [3]]},
+        "tokens must be a tensor whose rows .* got RaggedTensor": {"tokens": tf.ragged.constant([[1, 2], [3]])},
         "tokens must be integers, int32 or int64; got float32": {"tokens": tokens.astype(np.float32)},
         r"mask has shape \(2, 6\), tokens have \(2, 7\)": {"tokens": tokens, "mask": np.ones((2, 6), np.int32)},
         "tokens reach from 1 to 61, outside of 0 … 60, the vocabulary": {"tokens": [[1, 61]]},

@@ -139,6 +139,18 @@ def test_gradients_accumulate_and_frozen_parameters_get_none(case):
     assert not ours(**given).logits.requires_grad
 
 
+def test_second_derivatives_are_refused_and_not_zero(case):
+    row = case("gpt2/causal-lm")
+    ours, given = module_of(row), inputs_of(row)
+    weight = ours.transformer.wte.weight
+    for loss in (ours(**given).logits.sum(), ours(**given).logits.logsumexp(-1).sum()):
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        (again,) = torch.autograd.grad(ours(**given).logits.sum(), weight)
+        assert gradient.shape == again.shape
+        with pytest.raises(RuntimeError, match="second derivatives are not available"):
+            (loss + gradient.square().sum()).backward()
+
+
 def test_change_in_place_before_backward_is_noticed(case):
     row = case("gpt2/causal-lm")
     ours = module_of(row)
