@@ -73,7 +73,7 @@ def canonical_names(names: Sequence[str], config: Config) -> dict[str, Name]:
             found[name] = Name("tensor", known)
         elif repeat is not None:
             found[name] = Name("repeat", home.get(repeats[repeat], name))
-        elif weights.is_ignored(name):
+        elif weights.is_ignored(name, config):
             found[name] = Name("buffer", name)
         else:
             found[name] = Name("unknown", name) if other is None else Name("other head", other)
@@ -129,7 +129,9 @@ def round_trip(source: Source, params: Params, notes: list[str]) -> tuple[list[T
     checks, failures = [], []
     with tempfile.TemporaryDirectory(prefix="fmodels-verify-") as folder:
         checkpoint.save(params, source.config, folder)
-        saved = dict(checkpoint.open_checkpoint(folder).tensors)
+        written = checkpoint.open_checkpoint(folder).tensors
+        own = canonical_names(list(written), source.config)
+        saved = {own[name].canonical: tensor for name, tensor in written.items()}
         total = sum(tensor.nbytes for tensor in source.tensors.values())
         with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None, leave=False) as bar:
             for name, tensor in source.tensors.items():

@@ -223,7 +223,8 @@ def plan(opened: Checkpoint, *, new_head: bool = False) -> tuple[Config, layout.
         planned = layout.plan(shapes, config, new_head=new_head)
         if (different := _tied_but_different(planned, tensors)) is not None:
             raise ValueError("load: {!r} differs from {!r}, of which this family has one".format(*different))
-    return dataclasses.replace(config, module_names=True) if planned.module else config, planned
+    old = family(config).weights.are_old(planned.tensors)
+    return dataclasses.replace(config, module_names=planned.module, old_names=old), planned
 
 
 def _tied_but_different(planned: layout.Plan, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:

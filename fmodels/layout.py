@@ -114,7 +114,7 @@ def _match(shapes: Mapping[str, tuple[int, ...]], config: Config) -> _Match:
             found[match] = name
         elif (repeat := next((s for s in spellings if s in repeats), None)) is not None:
             tied.append((name, repeats[repeat]))
-        elif weights.is_ignored(name):
+        elif weights.is_ignored(name, config):
             continue
         elif any(s in others for s in spellings):
             dropped[name] = spellings

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmodels.models import Config
+from fmodels.models import Config, family
 from fmodels.weights import Tensor
 
 DIALECTS: dict[str, str | None] = {
@@ -45,7 +45,10 @@ def read(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, 
 def write(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, Tensor]:
     """The inverse of `read`."""
     module = _module(name)
-    return dict(tensors) if module is None else module.write(tensors, config)
+    if module is not None:
+        return module.write(tensors, config)
+    weights = family(config).weights
+    return {weights.old_name(name) if config.old_names else name: tensor for name, tensor in tensors.items()}
 
 
 def read_arrays(arrays: Mapping[str, Any], config: Config, name: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
                     f"write: {name!r} has shape {list(tensor.shape)}, the config says {list(want)}; use match_config"
                 )
             given[known] = tensor
-        elif not any(s in repeats for s in spellings) and not weights.is_ignored(name):
+        elif not any(s in repeats for s in spellings) and not weights.is_ignored(name, config):
             others[name] = tensor
     gathered: dict[str, list[Tensor]] = {}
     of_all: set[str] = set()

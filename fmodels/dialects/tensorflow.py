@@ -105,7 +105,7 @@ def write(tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         if source in own:
             found[name] = from_torch(tensors[own[source]], variable)
     placed = {variable.name for variable in variables.values()} | set(weights.repeats(config))
-    if unplaced := [name for name in own if name not in placed and not weights.is_ignored(name)]:
+    if unplaced := [name for name in own if name not in placed and not weights.is_ignored(name, config)]:
         raise ValueError(
             f"save: transformers' {_class(config)} has no variables for {len(unplaced)} tensors: {listing(unplaced)}; "
             "use another format"

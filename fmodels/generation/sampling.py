@@ -233,8 +233,9 @@ def draw(logits: Array, warp: Warp, key: Key, mark: Mark | None = None) -> tuple
         return likeliest(warp_logits(logits, unheated), everyone(logits))
 
     def of_few() -> tuple[Array, Array]:
-        # Without the barrier XLA takes the last value out of a sort of the whole vocabulary.
-        values, tokens = jax.lax.optimization_barrier(largest(logits, size))
+        # Without barriers XLA takes the last value out of a sort of the whole vocabulary; with one of both, its partitioner
+        # for several devices ends the process (jaxlib 0.10.2).
+        values, tokens = map(jax.lax.optimization_barrier, largest(logits, size))
         tokens = tokens.astype(jnp.int32)
         last = values[:, -1:]
         ties = (logits >= last).sum(-1) - size  # equal to the last candidate, and not among them

@@ -92,6 +92,7 @@ class Config:
         pooling: how a sentence-transformers folder pools hidden states into a vector (`"mean"`, `"cls"`, …), or None.
         normalize: whether that vector is scaled to length 1, or None.
         module_names: whether its files have the tensors of PyTorch's module where transformers saves others.
+        old_names: whether its files have names that transformers gives no more, such as `LayerNorm.gamma`.
         quantization: the `quantization_config` of a quantised checkpoint, as JSON, or None.
     """
 
@@ -119,6 +120,7 @@ class Config:
     pooling: str | None = dataclasses.field(default=None, compare=False)
     normalize: bool | None = dataclasses.field(default=None, compare=False)
     module_names: bool = dataclasses.field(default=False, compare=False, repr=False)
+    old_names: bool = dataclasses.field(default=False, compare=False, repr=False)
     quantization: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     model_type: ClassVar[str]

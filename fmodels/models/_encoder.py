@@ -314,7 +314,7 @@ def weights(
     return Weights(
         prefix={"": prefix},
         tied=tied,
-        renames={r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"},
+        renames={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
         ignored=(r"embeddings\.(position_ids|token_type_ids)$", *ignored),
         fallbacks={f"{decoder}.bias": bias} if bias else {},
         stand_ins={"lm_head.spare_bias": "lm_head.bias"} if bias else {},

@@ -188,7 +188,7 @@ WEIGHTS = _mixture.weights(
     {"experts": None, "gate": "layers.moe.router", **SHARED},
     ATTENTION,
     (Rule("gate.e_score_correction_bias", "layers.moe.router.choice_bias", buffer=True),),
-    ignored=(r"^model\.layers\.61\.",),  # a layer that predicts further tokens
+    ignored=(r"^model\.layers\.{l}\.",),  # a layer that predicts further tokens
 )
 
 FAMILY = _decoder.family(Config, WEIGHTS)

@@ -356,8 +356,8 @@ class Weights:
         tied: name on disk -> path of the leaf that it repeats when the head is tied; such tensors are not written.
         shared: as `tied`, for rules of tensors that repeat a leaf whenever their `when` says so, in models of their
             `tasks`.
-        renames: regular expression -> replacement, old spellings of names.
-        ignored: regular expressions of names of buffers that the computation does not read.
+        renames: end of a name in old files -> what it is now.
+        ignored: regular expressions of names of buffers that the computation does not read; `{l}` is the layer after the last.
         fallbacks: name -> the name that is read in its place when it is absent.
         stand_ins: optional leaf -> the leaf that is written in its place when it is absent.
         module: the map of PyTorch's module, `state_dict`, where transformers saves other tensors than it has; files of
@@ -466,15 +466,27 @@ class Weights:
 
     def spellings(self, name: str, config: Any) -> list[str]:
         """The names that `name` may stand for: itself, its modern form, each with the base prefix put on or off."""
-        modern = name
-        for pattern, replacement in self.renames.items():
-            modern = re.sub(pattern, replacement, modern)
+        modern = _with_end(name, self.renames)
         prefix = self.base_prefix(config.task)
         found = [name, modern]
         for one in (name, modern):
             found += [one.removeprefix(f"{p}.") for p in self.prefix.values() if one.startswith(f"{p}.")]
         return list(dict.fromkeys([*found, *(prefix + one for one in found)]))
 
-    def is_ignored(self, name: str) -> bool:
+    def are_old(self, names: Iterable[str]) -> bool:
+        """Whether some of the names are spelled as in old files."""
+        return any(_with_end(name, self.renames) != name for name in names)
+
+    def old_name(self, name: str) -> str:
+        """How old files spell a name."""
+        return _with_end(name, {new: old for old, new in self.renames.items()})
+
+    def is_ignored(self, name: str, config: Any) -> bool:
         """True for the buffers that old checkpoints carry and nothing reads."""
-        return any(re.search(pattern, name) for pattern in self.ignored)
+        patterns = (pattern.replace("{l}", str(config.num_layers)) for pattern in self.ignored)
+        return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _with_end(name: str, ends: Mapping[str, str]) -> str:
+    """The name with another end, if it has one of these."""
+    return next((name.removesuffix(end) + other for end, other in ends.items() if name.endswith(end)), name)
