@@ -22,6 +22,8 @@ class TFLayer(tf.keras.layers.Layer):
     reach into it: the dtypes of the model's variables say what is computed in which. A `.keras` file of a network with it can be
     loaded where this module has been imported; it holds the weights once more, so that `TFModel.save_pretrained` is for the rest.
 
+    Labels among the inputs add the model's own loss, which `compile(optimizer)` without a loss trains, as transformers' models did.
+
     Args:
         model: the model; its variables become those of Keras.
         output: the field of `TFOutput` that the layer gives.
@@ -79,7 +81,7 @@ class TFLayer(tf.keras.layers.Layer):
         return cls(TFModel(fm.from_disk(zeros, own), own), **options)
 
     def call(self, inputs: Any) -> tf.Tensor:
-        """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`.
+        """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`, whose labels add its loss.
 
         Raises:
             ValueError: the model has got other variables since; it does not give the output that the layer is made for.
@@ -87,6 +89,8 @@ class TFLayer(tf.keras.layers.Layer):
         if {id(variable) for variable in self.model.variables} != {id(weight.value) for weight in self.weights}:
             raise ValueError("TFLayer: its model has got new variables, which Keras does not train; make a new TFLayer")
         out = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        if out.loss is not None:
+            self.add_loss(tf.reduce_mean(out.loss))
         value = getattr(out, self.output_field)
         if value is None:
             raise ValueError(f"TFLayer: a model of task {self.model.config.task!r} has no {self.output_field}")
