@@ -37,8 +37,9 @@ def given_labels(what: str, config: Any, **labels: Any) -> dict[str, Any]:
     match config.task:
         case "next-sentence" if len(given) == 2:
             raise TypeError(f"{what}: labels and next_sentence_label are the same labels; pass one of them")
-        case "next-sentence":
-            return {"labels": label for label in given.values()}
+        case "next-sentence" if given:
+            (label,) = given.values()
+            return {"labels": label}
         case "pretraining" if given and ("labels" not in given or len(given) != 2):
             raise TypeError(
                 f"{what}: a loss of pretraining needs labels, and next_sentence_label or sentence_order_label; got {there}"

@@ -7,7 +7,9 @@ The others have the same names here: those of `PreTrainedModel`, `TFPreTrainedMo
 
 from __future__ import annotations
 
-CALLED_BY_FIT = "of Keras' models: put the model into one as a layer, interop.tensorflow.TFLayer, whose labels add the loss"
+CALLED_BY_FIT = (
+    "of Keras' models: put the model into one as a layer, interop.tensorflow.TFLayer, whose labels add the loss"
+)
 CONTAINERS = "modules hold Parameters and do not compute; set those of the tables, or load_state_dict"
 CUSTOM_CODE = "no code of a checkpoint ever runs, and none is saved"
 GENERATE = "an option of generate"

@@ -10,7 +10,7 @@ import tensorflow as tf
 from interop.labels import IGNORED, is_next
 
 
-def shifted_right(config: Any, labels: tf.Tensor) -> tf.Tensor:
+def shifted_right(config: Any, labels: Any) -> tf.Tensor:
     """What a decoder reads that shall say `labels`: all but the last, after the token that starts it.
 
     Raises:
@@ -25,15 +25,13 @@ def shifted_right(config: Any, labels: tf.Tensor) -> tf.Tensor:
     return tf.where(tokens == IGNORED, tf.cast(config.pad_token_id, labels.dtype), tokens)
 
 
-def loss_of(
-    config: Any, logits: tf.Tensor, sequence_logits: tf.Tensor | None, labels: Mapping[str, tf.Tensor], mask: Any
-) -> tf.Tensor:
+def loss_of(config: Any, logits: Any, sequence_logits: Any, labels: Mapping[str, Any], mask: Any) -> tf.Tensor:
     """The loss: of labels of tokens `(1,)`, the mean over those that count; else `(b,)`, one of each row.
 
     Args:
         config: whose task says which.
         logits: of the model, as the others.
-        sequence_logits: those of the second head.
+        sequence_logits: those of the second head, or None.
         labels: by their names, what `given_labels` gives.
         mask: `(b t)` of the tokens, or None.
 
@@ -46,7 +44,6 @@ def loss_of(
         return _mean(*_cross_entropy(logits[..., :-1, :], labels["labels"][..., 1:]))
     match config.task:
         case "pretraining":
-            assert sequence_logits is not None
             (order,) = labels.keys() - {"labels"}
             first, second = _cross_entropy(logits, labels["labels"]), _cross_entropy(sequence_logits, labels[order])
             return _mean(*first) + _mean(*second)
@@ -65,15 +62,18 @@ def loss_of(
         case "sequence-classification" if _are_several(labels["labels"], logits):
             target = tf.cast(labels["labels"], logits.dtype)
             return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(target, logits), axis=-1)
-        case "token-classification":
-            own = labels["labels"]
-            return _mean(*_cross_entropy(logits, tf.where(own == -1, tf.cast(IGNORED, own.dtype), own)))
-        case "seq2seq-lm" if config.model_type == "bart" and config.pad_token_id is not None:
-            own = labels["labels"]
-            return _mean(*_cross_entropy(logits, tf.where(own == config.pad_token_id, tf.cast(IGNORED, own.dtype), own)))
         case _:
-            each, counts = _cross_entropy(logits, labels["labels"])
+            each, counts = _cross_entropy(logits, labels["labels"], _passed_over(config))
             return each if logits.shape.rank == 2 else _mean(each, counts)
+
+
+def _passed_over(config: Any) -> int:
+    """The label that does not count either: -1 of the classes of tokens, and the pad token of what BART shall say."""
+    if config.task == "token-classification":
+        return -1
+    if config.task == "seq2seq-lm" and config.model_type == "bart" and config.pad_token_id is not None:
+        return config.pad_token_id
+    return IGNORED
 
 
 def _are_several(labels: tf.Tensor, logits: tf.Tensor) -> bool:
@@ -86,14 +86,14 @@ def _mean(each: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.reduce_sum(each) / tf.reduce_sum(tf.cast(counts, each.dtype)), [1])
 
 
-def _cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _cross_entropy(logits: Any, labels: tf.Tensor, passed_over: int = IGNORED) -> tuple[tf.Tensor, tf.Tensor]:
     """That of each place, 0 where it does not count; and whether it does.
 
     Raises:
         ValueError: labels of another shape, or outside of the classes, as far as they are known.
     """
     labels = tf.cast(_fitted(logits[..., 0], labels), tf.int64)
-    counts = labels != IGNORED
+    counts = (labels != IGNORED) & (labels != passed_over)
     labels = tf.where(counts, labels, 0)
     if not tf.is_symbolic_tensor(labels) and tf.size(labels):
         low, high, size = int(tf.reduce_min(labels)), int(tf.reduce_max(labels)), logits.shape[-1]

@@ -12,6 +12,7 @@ from torch.nn import functional
 from interop.labels import IGNORED, is_next
 from interop.torch.arrays import kind_of
 
+
 def check_labels(labels: Mapping[str, Any]) -> None:
     """Raises a TypeError for labels that are no tensors."""
     if odd := [f"{name} {kind_of(label)}" for name, label in labels.items() if not isinstance(label, Tensor)]:

@@ -1,5 +1,6 @@
 """The losses that `TFModel` computes of labels, against those of transformers' TensorFlow classes (goldens) and PyTorch's."""
 
+import dataclasses
 import json
 import os
 import zlib
@@ -14,13 +15,15 @@ import tensorflow as tf
 import torch
 
 import fmodels as fm
-from interop.tensorflow import TFLayer, TFModel, losses
+from interop.labels import given_labels
+from interop.tensorflow import TFLayer, TFModel
+from interop.tensorflow.losses import loss_of
 from tests import families
-from tests.interop.wrapped import GPT2, LIBRARIES
+from tests.interop.wrapped import BERT, GPT2, LIBRARIES
 from tests.test_losses import labels_for
 
 ROWS = json.loads((Path(__file__).parents[1] / "goldens" / "tensorflow" / "losses.json").read_text())
-ONLY_TORCH = ["electra/replaced-token-detection", "gpt2/double-heads", "bart/causal-lm"]
+TOKENS = (np.arange(32).reshape(8, 4) % 11).astype(np.int32)
 
 
 def values(name, shape):
@@ -31,7 +34,6 @@ def values(name, shape):
 
 
 def model_of(row):
-    """With the weights of the script."""
     config = fm.models.FAMILIES[row["config"]["model_type"]].config.from_hf(row["config"])
     model = TFModel(fm.init(config, jax.random.key(0)), config)
     for name, variable in model.named_variables.items():
@@ -40,18 +42,17 @@ def model_of(row):
     return model
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[f"{r['config']['architectures'][0]}-{len(r['loss'])}" for r in ROWS])
+@pytest.mark.parametrize("row", ROWS, ids=[f"{i}-{row['config']['architectures'][0]}" for i, row in enumerate(ROWS)])
 def test_loss_and_gradients_are_those_of_transformers(row):
     model = model_of(row)
     with tf.GradientTape() as tape:
         out = model(**row["given"], **row["labels"])
-    np.testing.assert_allclose(out.loss.numpy(), row["loss"], atol=1e-5, rtol=1e-5)
     assert out.loss.shape == np.shape(row["loss"])
+    np.testing.assert_allclose(out.loss.numpy(), row["loss"], atol=1e-5, rtol=1e-5)
     found = tape.gradient(out.loss, [model.named_variables[name] for name in row["norms"]])
-    norms = [np.linalg.norm(gradient.numpy()) for gradient in found]
+    norms = [float(tf.norm(gradient)) for gradient in found]
     np.testing.assert_allclose(norms, list(row["norms"].values()), rtol=1e-4)
     assert out[0] is out["loss"] is out.to_tuple()[0]
-    assert out.to_tuple()[1] is out.logits
 
 
 @pytest.mark.parametrize("name", ["electra/replaced-token-detection", "gpt2/double-heads", "bart/causal-lm"])
@@ -60,18 +61,82 @@ def test_tasks_without_a_loss_there_have_that_of_pytorch(case, name):
     given = {n: a for n, a in loaded.inputs("right").items() if n != "positions"}
     labels = labels_for(loaded, given)
     with torch.no_grad():
-        want = families.call(loaded.model, given, **{n: torch.tensor(a) for n, a in labels.items()}).loss
-        logits = torch.tensor(families.call(loaded.model, given).logits)
-    got = losses.loss_of(loaded.config, tf.constant(logits.numpy()), None, labels_of(labels), given["mask"])
-    np.testing.assert_allclose(got.numpy(), [want.item()], atol=1e-5, rtol=1e-5)
+        want = families.call(loaded.model, given, **{n: torch.tensor(a) for n, a in labels.items()})
+    labels = {n: tf.constant(a) for n, a in labels.items()}
+    got = loss_of(loaded.config, tf.constant(want.logits.numpy()), None, labels, tf.constant(given["mask"]))
+    np.testing.assert_allclose(got.numpy(), [want.loss.item()], atol=1e-5, rtol=1e-5)
 
 
-def test_several_labels_of_a_row():
-    config = fm.models.bert.Config(
-        vocab_size=11, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4,
-        max_positions=16, task="sequence-classification",
-    )  # fmt: skip
-    logits, labels = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), np.array([[1.0, 0, 1], [0, 0, 1]])
-    got = losses.loss_of(config, tf.constant(logits), None, {"labels": tf.constant(labels)}, None)
-    want = torch.nn.BCEWithLogitsLoss(reduction="none")(torch.tensor(logits), torch.tensor(labels)).mean(-1)
-    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-6)
+def test_several_labels_of_a_row(case, monkeypatch):
+    loaded = case("bert/sequence-classification")
+    monkeypatch.setattr(loaded.model.config, "problem_type", None)
+    labels = np.array([[1, 0, 1], [0, 0, 1]], np.float32)
+    with torch.no_grad():
+        want = loaded.model(torch.tensor([[5, 6], [7, 8]]), labels=torch.tensor(labels))
+    got = loss_of(loaded.config, tf.constant(want.logits.numpy()), None, {"labels": tf.constant(labels)}, None)
+    assert got.shape == (2,)
+    np.testing.assert_allclose(got.numpy().mean(), want.loss.item(), rtol=1e-5)
+
+
+def test_a_step_inside_tf_function_and_keras():
+    model = LIBRARIES["tensorflow"].model(GPT2)
+    optimizer = tf.keras.optimizers.Adam(1e-2)
+    eager = model(TOKENS, labels=TOKENS).loss.numpy()
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, None], tf.int32)])
+    def step(tokens):
+        with tf.GradientTape() as tape:
+            loss = model(input_ids=tokens, labels=tokens).loss
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    found = [float(step(TOKENS)[0]) for _ in range(4)]
+    assert found[0] == pytest.approx(eager[0], abs=1e-6)
+    assert found[-1] < found[0] - 0.1, found
+
+    # Keras takes the model's own loss where `compile` has none; its mixed precision changes nothing.
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        names = {name: tf.keras.Input((4,), dtype="int32", name=name) for name in ("tokens", "labels")}
+        network = tf.keras.Model(names, TFLayer(model)(names))
+        network.compile(tf.keras.optimizers.Adam(1e-2))
+        data = {"tokens": TOKENS, "labels": np.where(TOKENS == 5, -100, TOKENS)}
+        before = float(model(**data).loss[0])
+        assert network.evaluate(data, verbose=0) == pytest.approx(before, abs=1e-5)
+        found = network.fit(data, batch_size=8, epochs=3, verbose=0).history["loss"]
+    finally:
+        tf.keras.mixed_precision.set_global_policy("float32")
+    assert found[0] == pytest.approx(before, abs=1e-5)
+    assert float(model(**data).loss[0]) < found[-1] < before - 0.1
+
+
+def test_labels_that_do_not_fit():
+    model, tokens = LIBRARIES["tensorflow"].model(BERT), TOKENS[:2]
+    assert np.isnan(model(tokens, labels=np.full_like(tokens, -100)).loss[0])  # as there: the mean of nothing
+    assert model(tokens).loss is None
+    with pytest.raises(KeyError, match="no 'loss'"):
+        model(tokens)["loss"]
+    with pytest.raises(TypeError, match="takes labels; got start_positions"):
+        model(tokens, start_positions=[0, 1])
+    with pytest.raises(ValueError, match=r"labels are \(2, 3\); expected \(2, 4\), one for each place"):
+        model(tokens, labels=tokens[:, 1:])
+    for wrong in (-1, 11):
+        with pytest.raises(ValueError, match=f"labels reach from .*{wrong}.*, outside of 0 … 10; -100 is"):
+            model(tokens, labels=np.where(tokens == 3, wrong, tokens))
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("pretraining", {"labels": 1}, "pretraining needs labels, and next_sentence_label or"),
+        ("question-answering", {"end_positions": 1}, "needs start_positions and end_positions; got end_positions"),
+        ("next-sentence", {"labels": 1, "next_sentence_label": 1}, "are the same labels; pass one of them"),
+    ],
+)
+@pytest.mark.parametrize("what", ["TorchModel", "TFModel"])
+def test_labels_that_go_together(what, task, labels, message):
+    config = dataclasses.replace(BERT, task=task)
+    with pytest.raises(TypeError, match=f"{what}: .*{message}"):
+        given_labels(what, config, **labels)
+    assert given_labels(what, config, labels=None) == {}
