@@ -59,9 +59,9 @@ CASES = [
     ),
     ("BertForTokenClassification", BERT, GIVEN, {"labels": CLASSES}, [f"bert.{TABLE}", "classifier.weight"]),
     ("BertForQuestionAnswering", BERT | {"num_labels": 2}, GIVEN, ENDS, [f"bert.{TABLE}", "qa_outputs.weight"]),
-    ("BertForMultipleChoice", BERT, CHOICES, {"labels": [1, 0]}, [f"bert.{TABLE}", "classifier.weight"]),
+    ("BertForMultipleChoice", BERT, CHOICES, {"labels": [1, 1]}, [f"bert.{TABLE}", "classifier.weight"]),
     (
-        "AlbertForPreTraining", BERT | {"embedding_size": 6}, GIVEN, {"labels": PLACES, "sentence_order_label": [1, 0]},
+        "AlbertForPreTraining", BERT | {"embedding_size": 6, "num_labels": 2}, GIVEN, {"labels": PLACES, "sentence_order_label": [1, 0]},
         [f"albert.{TABLE}", "sop_classifier.classifier.weight"],
     ),
     ("GPT2LMHeadModel", GPT2, GIVEN, {"labels": PLACES}, ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"]),
