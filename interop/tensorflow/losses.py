@@ -36,9 +36,8 @@ def loss_of(config: Any, logits: Any, sequence_logits: Any, labels: Mapping[str,
         mask: `(b t)` of the tokens, or None.
 
     Source: `modeling_tf_utils.py` and the TensorFlow models of transformers 4.57.6; where there is none for a task (replaced
-    tokens, double heads, several labels of a row), the PyTorch models. Apart from them, rows whose label is -100 are 0 for
-    every task, as there for the next sentence; and what is outside of the classes is refused, where a -1 counts there as
-    class 0.
+    tokens, double heads, several labels of a row), the PyTorch models. Apart from them, rows of every task may have the label
+    -100, as there for the next sentence; and -1, which there counts as the first token of a vocabulary, is refused.
     """
     if is_next(config):
         return _mean(*_cross_entropy(logits[..., :-1, :], labels["labels"][..., 1:]))

@@ -31,8 +31,8 @@ class TFModel(Pretrained, tf.Module):
     """A model for TensorFlow: variables under transformers' PyTorch names, computed by the JAX function.
 
     `model(tokens, mask)` works under `tf.GradientTape`, inside of `tf.function`, and with the optimizers of Keras and
-    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. XLA compiles once for each shape
-    of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
+    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. With labels there is a loss, that of
+    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
     compiled program, whose compile time does therefore not grow with depth.
 
     In a Keras model it is a layer, `TFLayer`. The methods of transformers' models have their names here (`interop.methods`
@@ -171,12 +171,11 @@ class TFModel(Pretrained, tf.Module):
             output_hidden_states: another name of `hidden_states`.
             output_attentions: another name of `attentions`.
             training: of no effect: there is no dropout.
-            labels: of each token, or of each row: what `loss` is computed of, with the numbers and the shape that the TensorFlow
-                classes of transformers 4.57 give: of tokens `(1,)`, their mean; of rows (also of positions) `(b,)`, one each, so
-                that `tf.reduce_mean(out.loss)` is the mean of both. -100 does not count: it is left out of a mean, and the
-                loss of a row is 0. For tokens' classes -1 does not count either, nor BART's pad token for its language
-                model. Of double heads those of the language model. Without decoder tokens an encoder-decoder language model
-                reads them shifted to the right.
+            labels: of each token, or of each row: what `loss` is computed of, in numbers and shape as in the TensorFlow classes
+                of transformers 4.57: `(1,)`, the mean over tokens, or `(b,)`, one of each row. -100 does not count: it is left
+                out of the mean, the loss of a row is 0. Nor does -1 for classes of tokens, nor BART's pad token for what it
+                shall say. Of double heads those of the language model. Without decoder tokens an encoder-decoder language
+                model reads them shifted to the right.
             next_sentence_label: `(b)`, of BERT's pretraining; of the next sentence the same as `labels`.
             sentence_order_label: `(b)`, of ALBERT's pretraining.
             start_positions: `(b)`, of question answering; one behind the last token is refused, where PyTorch's classes pass
