@@ -32,7 +32,8 @@ class TFModel(Pretrained, tf.Module):
 
     `model(tokens, mask)` works under `tf.GradientTape`, inside of `tf.function`, and with the optimizers of Keras and
     TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. With labels there is a loss, that of
-    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
+    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape
+    of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
     compiled program, whose compile time does therefore not grow with depth.
 
     In a Keras model it is a layer, `TFLayer`. The methods of transformers' models have their names here (`interop.methods`

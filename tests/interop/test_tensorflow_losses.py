@@ -44,13 +44,12 @@ def model_of(row):
     return model
 
 
-def params_of_rows():
-    for i, row in enumerate(ROWS):
-        name = row["config"]["architectures"][0]
-        yield pytest.param(row, id=f"{i}-{name}", marks=() if name in FAST else pytest.mark.slow)
+def param(number, row):
+    name = row["config"]["architectures"][0]
+    return pytest.param(row, id=f"{number}-{name}", marks=() if name in FAST else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("row", params_of_rows())
+@pytest.mark.parametrize("row", [param(number, row) for number, row in enumerate(ROWS)])
 def test_loss_and_gradients_are_those_of_transformers(row):
     model = model_of(row)
     with tf.GradientTape() as tape:
