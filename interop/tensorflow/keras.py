@@ -22,7 +22,7 @@ class TFLayer(tf.keras.layers.Layer):
     reach into it: the dtypes of the model's variables say what is computed in which. A `.keras` file of a network with it can be
     loaded where this module has been imported; it holds the weights once more, so that `TFModel.save_pretrained` is for the rest.
 
-    Labels among the inputs add the model's own loss, which `compile(optimizer)` without a loss trains, as transformers' models did.
+    Labels among the inputs add the mean of the model's own loss: `compile(optimizer)` trains that, without a loss of its own.
 
     Args:
         model: the model; its variables become those of Keras.

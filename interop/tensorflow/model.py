@@ -31,10 +31,10 @@ class TFModel(Pretrained, tf.Module):
     """A model for TensorFlow: variables under transformers' PyTorch names, computed by the JAX function.
 
     `model(tokens, mask)` works under `tf.GradientTape`, inside of `tf.function`, and with the optimizers of Keras and
-    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. With labels there is a loss, that of
-    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape
-    of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
-    compiled program, whose compile time does therefore not grow with depth.
+    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. Of labels it computes the loss of
+    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape of the inputs
+    (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the compiled program,
+    whose compile time does therefore not grow with depth.
 
     In a Keras model it is a layer, `TFLayer`. The methods of transformers' models have their names here (`interop.methods`
     lists those that there are not).
