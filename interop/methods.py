@@ -7,7 +7,9 @@ The others have the same names here: those of `PreTrainedModel`, `TFPreTrainedMo
 
 from __future__ import annotations
 
-CALLED_BY_FIT = "of Keras' models: put the model into one as a layer, interop.tensorflow.TFLayer"
+CALLED_BY_FIT = (
+    "of Keras' models: put the model into one as a layer, interop.tensorflow.TFLayer, whose labels add the loss"
+)
 CONTAINERS = "modules hold Parameters and do not compute; set those of the tables, or load_state_dict"
 CUSTOM_CODE = "no code of a checkpoint ever runs, and none is saved"
 GENERATE = "an option of generate"
@@ -29,7 +31,7 @@ NEITHER = {
     **dict.fromkeys(["add_model_tags", "model_tags", "create_model_card"], "the card is made by fm.push_to_hub"),
     # what a call returns
     "can_record_outputs": "forward takes hidden_states= and attentions=",
-    "loss_function": "a loss follows from the task, where there are labels=; any other can be taken of the logits",
+    "loss_function": "a loss follows from the task and labels=; any other can be taken of the logits",
     "warn_if_padding_and_no_attention_mask": "padding is what mask= says, and nothing else",
     # attention and devices
     **dict.fromkeys(

@@ -41,7 +41,8 @@ def test_alignment_is_the_default(tmp_path):
     """What llama.cpp's own quantiser makes of a file with another it cannot read: it keeps the key, and aligns to 32."""
     fm.save(*gguf_files.drawn("llama", *ROWS["llama"]), tmp_path, format="gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    assert reader.alignment == 32 and "general.alignment" not in reader.fields
+    assert reader.alignment == 32
+    assert "general.alignment" not in reader.fields
 
 
 def size_of(folder):

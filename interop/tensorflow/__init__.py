@@ -21,4 +21,4 @@ from interop.tensorflow.inputs import ALIASES as ALIASES
 from interop.tensorflow.keras import TFLayer as TFLayer
 from interop.tensorflow.model import PLATFORMS as PLATFORMS
 from interop.tensorflow.model import TFModel as TFModel
-from interop.tensorflow.model import TFOutput as TFOutput
+from interop.tensorflow.output import TFOutput as TFOutput

@@ -22,6 +22,8 @@ class TFLayer(tf.keras.layers.Layer):
     reach into it: the dtypes of the model's variables say what is computed in which. A `.keras` file of a network with it can be
     loaded where this module has been imported; it holds the weights once more, so that `TFModel.save_pretrained` is for the rest.
 
+    Labels among the inputs add the mean of the model's own loss: `compile(optimizer)` trains that, without a loss of its own.
+
     Args:
         model: the model; its variables become those of Keras.
         output: the field of `TFOutput` that the layer gives.
@@ -79,7 +81,7 @@ class TFLayer(tf.keras.layers.Layer):
         return cls(TFModel(fm.from_disk(zeros, own), own), **options)
 
     def call(self, inputs: Any) -> tf.Tensor:
-        """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`.
+        """The output for tokens `(b t)`, or for a dict of inputs by the names of `TFModel`, whose labels add its loss.
 
         Tokens may be floating, as those of a `Sequential` without `Input` are: Keras' `Embedding` takes them, too.
 
@@ -92,6 +94,8 @@ class TFLayer(tf.keras.layers.Layer):
             inputs = tf.convert_to_tensor(inputs)
             inputs = tf.cast(inputs, tf.int32) if inputs.dtype.is_floating else inputs
         out = self.model(inputs)
+        if out.loss is not None:
+            self.add_loss(tf.reduce_mean(out.loss))
         value = getattr(out, self.output_field)
         if value is None:
             raise ValueError(f"TFLayer: a model of task {self.model.config.task!r} has no {self.output_field}")

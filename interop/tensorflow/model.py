@@ -6,7 +6,7 @@ import dataclasses
 import os
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,60 +15,26 @@ import tensorflow as tf
 import fmodels as fm
 from interop.adapters import PREFIX, adapted
 from interop.generation import GeneratedDict, generate
+from interop.labels import given_labels
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
 from interop.tensorflow.convert import arrays_of, disk_arrays, from_tensorflow, to_numpy
 from interop.tensorflow.inputs import check_values, kind_of, length_of, rank_of, read_inputs
+from interop.tensorflow.losses import loss_of, shifted_right
+from interop.tensorflow.output import TFOutput
 from interop.tensorflow.programs import convert
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-
-
-class TFOutput(NamedTuple):
-    """What `TFModel` returns; a field that the task does not have is None.
-
-    Attributes:
-        logits: float32, as in `fm.Output`.
-        hidden: `(b t d)`, the last hidden state after the final norm; also `last_hidden_state`.
-        pooled: `(b d)`, the pooler's output; also `pooler_output`.
-        sequence_logits: float32; the second head of models that have two.
-        encoder_hidden: `(b s d)`, of encoder-decoder models.
-        hidden_states: `(l+1 b t d)`, on request, as the others.
-        encoder_hidden_states: `(l+1 b s d)`.
-        attentions: `(l b h t t)`.
-        cross_attentions: `(l b h t s)`.
-        encoder_attentions: `(l b h s s)`.
-    """
-
-    logits: Any = None
-    hidden: Any = None
-    pooled: Any = None
-    sequence_logits: Any = None
-    encoder_hidden: Any = None
-    hidden_states: Any = None
-    encoder_hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    encoder_attentions: Any = None
-
-    @property
-    def last_hidden_state(self) -> Any:
-        """The hidden states by transformers' name."""
-        return self.hidden
-
-    @property
-    def pooler_output(self) -> Any:
-        """The pooler's output by transformers' name."""
-        return self.pooled
 
 
 class TFModel(Pretrained, tf.Module):
     """A model for TensorFlow: variables under transformers' PyTorch names, computed by the JAX function.
 
     `model(tokens, mask)` works under `tf.GradientTape`, inside of `tf.function`, and with the optimizers of Keras and
-    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. XLA compiles once for each shape
-    of the inputs (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the
-    compiled program, whose compile time does therefore not grow with depth.
+    TensorFlow: `optimizer.apply_gradients(zip(gradients, model.trainable_variables))`. Of labels it computes the loss of
+    transformers' TensorFlow classes: `model(tokens, labels=labels).loss`. XLA compiles once for each shape of the inputs
+    (and once more for gradients), so pad batches to a few lengths. The layers are stacked inside of the compiled program,
+    whose compile time does therefore not grow with depth.
 
     In a Keras model it is a layer, `TFLayer`. The methods of transformers' models have their names here (`interop.methods`
     lists those that there are not).
@@ -185,6 +151,11 @@ class TFModel(Pretrained, tf.Module):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         training: bool | None = None,
+        labels: Any = None,
+        next_sentence_label: Any = None,
+        sentence_order_label: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
         **aliases: Any,
     ) -> TFOutput:
         """Runs the model; see `fm.forward`.
@@ -201,17 +172,37 @@ class TFModel(Pretrained, tf.Module):
             output_hidden_states: another name of `hidden_states`; None: what config.json says, False if nothing.
             output_attentions: another name of `attentions`; None: as above.
             training: of no effect: there is no dropout.
+            labels: of each token, or of each row: what `loss` is computed of, in numbers and shape as in the TensorFlow classes
+                of transformers 4.57: `(1,)`, the mean over tokens, or `(b,)`, one of each row. -100 does not count: it is left
+                out of the mean, the loss of a row is 0. Nor does -1 for classes of tokens, nor BART's pad token for what it
+                shall say. Of double heads those of the language model. Without decoder tokens an encoder-decoder language
+                model reads them shifted to the right.
+            next_sentence_label: `(b)`, of BERT's pretraining; of the next sentence the same as `labels`.
+            sentence_order_label: `(b)`, of ALBERT's pretraining.
+            start_positions: `(b)`, of question answering; one behind the last token is refused, where PyTorch's classes pass
+                over it.
+            end_positions: `(b)`, of question answering.
             **aliases: the inputs by transformers' names, such as `model(**tokenizer(texts, return_tensors="tf"))`.
 
         Returns:
             A `TFOutput`.
 
         Raises:
-            ValueError: wrong shapes or dtypes, no tokens, tokens outside of the vocabulary.
-            TypeError: an unknown name, or an input under both of its names.
+            ValueError: wrong shapes or dtypes, no tokens, tokens outside of the vocabulary, labels outside of the classes.
+            TypeError: an unknown name, or an input under both of its names; labels that the task has not.
         """
+        all_labels = {
+            "labels": labels, "next_sentence_label": next_sentence_label, "sentence_order_label": sentence_order_label,
+            "start_positions": start_positions, "end_positions": end_positions,
+        }  # fmt: skip
         if isinstance(tokens, Mapping):
             tokens, aliases = None, {**tokens, **aliases}
+            all_labels |= {name: aliases.pop(name) for name in all_labels.keys() & aliases.keys()}
+        said = given_labels("TFModel", self.config, **all_labels)
+        said = {name: tf.convert_to_tensor(label) for name, label in said.items()}
+        reads = (decoder_tokens, aliases.get("decoder_tokens"), aliases.get("decoder_input_ids"))
+        if said and self.config.task == "seq2seq-lm" and all(one is None for one in reads):
+            decoder_tokens = shifted_right(self.config, said["labels"])
         given = {"tokens": tokens, "mask": mask, "positions": positions, "token_types": token_types}
         if self.config.is_encoder_decoder:
             given |= {"decoder_tokens": decoder_tokens, "decoder_mask": decoder_mask}
@@ -229,7 +220,10 @@ class TFModel(Pretrained, tf.Module):
             spec = {n: tf.TensorSpec([None] * key[1], t.dtype, name=n) for n, t in ready.items()}
             converted = self._convert(ready, key[1], asked)
             functions[key] = tf.function(converted, input_signature=[spec], autograph=False)
-        return TFOutput(**functions[key](ready))
+        out = TFOutput(**functions[key](ready))
+        if not said:
+            return out
+        return out._replace(loss=loss_of(self.config, out.logits, out.sequence_logits, said, ready.get("mask")))
 
     def _convert(self, names: Iterable[str], rank: int, asked: tuple[str, ...]) -> Any:
         """A TensorFlow function of a dict of inputs, whose batch and length may be anything."""
@@ -245,7 +239,7 @@ class TFModel(Pretrained, tf.Module):
                 raise ValueError(
                     "TFModel: attentions needs layers with equally many heads; mask_heads instead of prune_heads keeps them so"
                 )
-            fields = {name: getattr(out, name) for name in TFOutput._fields}
+            fields = {name: getattr(out, name) for name in TFOutput._fields if name != "loss"}
             return {name: value for name, value in fields.items() if value is not None}
 
         shapes: Any = {name: "b, n, t" if rank == 3 else f"b, {length_of(name, names)}" for name in names}

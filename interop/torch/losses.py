@@ -9,27 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from interop.labels import IGNORED, is_next
 from interop.loading import setting
 from interop.torch.arrays import kind_of
 
-IGNORED = -100
-"""The label of a place that does not count."""
 
-LABELS = {
-    "pretraining": {"labels", "next_sentence_label", "sentence_order_label"},
-    "question-answering": {"start_positions", "end_positions"},
-    "base": set[str](),
-    "encoder": set[str](),
-}
-"""Task -> names of its labels; of the others it is `labels`."""
-
-
-def check_labels(config: Any, labels: Mapping[str, Any]) -> None:
-    """Raises a TypeError for labels that the task has not, or that are no tensors."""
-    known = LABELS.get(config.task, {"labels"})
-    if odd := sorted(labels.keys() - known):
-        has = f"takes {', '.join(sorted(known))}" if known else "has no labels"
-        raise TypeError(f"TorchModel: {config.model_type} of task {config.task!r} {has}; got {', '.join(odd)}")
+def check_labels(labels: Mapping[str, Any]) -> None:
+    """Raises a TypeError for labels that are no tensors."""
     if odd := [f"{name} {kind_of(label)}" for name, label in labels.items() if not isinstance(label, Tensor)]:
         raise TypeError(f"TorchModel: labels must be torch.Tensors, got {', '.join(odd)}; use torch.tensor(…)")
 
@@ -60,24 +46,19 @@ def loss_of(
         config: whose task says which.
         logits: of the model, as the others.
         sequence_logits: those of the second head.
-        labels: by their names, which `check_labels` has seen.
+        labels: by their names, what `given_labels` gives.
         mask: `(b t)` of the tokens.
 
     Source: the models and `loss/loss_utils.py` of transformers 5.
     """
+    if is_next(config):
+        return _cross_entropy(logits[..., :-1, :], labels["labels"][..., 1:])
     match config.task:
-        case "causal-lm" | "double-heads" if config.model_type != "bart":
-            return _cross_entropy(logits[..., :-1, :], labels["labels"][..., 1:])
         case "pretraining":
-            order = labels.get("next_sentence_label", labels.get("sentence_order_label"))
-            if sequence_logits is None or order is None or "labels" not in labels:
-                raise TypeError(
-                    "TorchModel: a loss of pretraining needs labels, and next_sentence_label or sentence_order_label"
-                )
-            return _cross_entropy(logits, labels["labels"]) + _cross_entropy(sequence_logits, order)
+            assert sequence_logits is not None
+            (order,) = labels.keys() - {"labels"}
+            return _cross_entropy(logits, labels["labels"]) + _cross_entropy(sequence_logits, labels[order])
         case "question-answering":
-            if len(labels) < 2:
-                raise TypeError("TorchModel: a loss of question answering needs start_positions and end_positions")
             length = logits.shape[-2]  # what is cut off does not count
             ends = [labels[name].clamp(0, length) for name in ("start_positions", "end_positions")]
             return (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fmodels as fm
 from interop.adapters import PREFIX
 from interop.generation import GeneratedDict, generate
+from interop.labels import given_labels
 from interop.loading import setting
 from interop.positions import POSITIONS
 from interop.pretrained import Pretrained
@@ -127,7 +128,7 @@ class TorchModel(Pretrained, nn.Module):
             labels: of each token, or of each row: what `loss` is computed of, as transformers does for the task; -100 does not
                 count. Of double heads those of the language model. Without decoder tokens an encoder-decoder language model
                 reads them shifted to the right.
-            next_sentence_label: `(b)`, of BERT's pretraining.
+            next_sentence_label: `(b)`, of BERT's pretraining; of the next sentence the same as `labels`.
             sentence_order_label: `(b)`, of ALBERT's pretraining.
             start_positions: `(b)`, of question answering.
             end_positions: `(b)`, of question answering.
@@ -137,12 +138,11 @@ class TorchModel(Pretrained, nn.Module):
             ValueError: wrong shapes; tokens, positions or types outside of their tables; parameters that are not on the
                 CPU, or that no longer fit `.config`; `attentions` of layers that differ in their heads.
         """
-        given = {
-            "labels": labels, "next_sentence_label": next_sentence_label, "sentence_order_label": sentence_order_label,
-            "start_positions": start_positions, "end_positions": end_positions,
-        }  # fmt: skip
-        given = {name: label for name, label in given.items() if label is not None}
-        check_labels(self.config, given)
+        given = given_labels(
+            "TorchModel", self.config, labels=labels, next_sentence_label=next_sentence_label,
+            sentence_order_label=sentence_order_label, start_positions=start_positions, end_positions=end_positions,
+        )  # fmt: skip
+        check_labels(given)
         mask = either("mask", mask, "attention_mask", attention_mask)
         decoder_tokens = either("decoder_tokens", decoder_tokens, "decoder_input_ids", decoder_input_ids)
         if decoder_tokens is None and labels is not None and self.config.task == "seq2seq-lm":

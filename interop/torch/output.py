@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree
 
+from interop import outputs
+
 
 @dataclasses.dataclass(frozen=True)
 class TorchOutput:
@@ -51,16 +53,10 @@ class TorchOutput:
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """What is there, in this order; of a model with a head without `hidden` and `pooled`, as in transformers."""
-        headless = {"hidden", "pooled", "encoder_hidden"} if self.logits is not None else set[str]()
-        values = (getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in headless)
-        return tuple(value for value in values if value is not None)
+        return outputs.to_tuple(self, (field.name for field in dataclasses.fields(self)))
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            if getattr(self, key, None) is None:
-                raise KeyError(f"TorchOutput: there is no {key!r}")
-            return getattr(self, key)
-        return self.to_tuple()[key]
+        return outputs.item(self, key)
 
 
 def _flatten(out: TorchOutput) -> tuple[list[Tensor], list[str]]:
