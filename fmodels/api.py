@@ -383,10 +383,15 @@ def match_config(params: Params, config: Config) -> Config:
 def partition_specs(params: Params, mesh_axes: dict[str, str]) -> Params:
     """A `PartitionSpec` per leaf, from a rule per letter; see `fmodels.schema.partition`.
 
+    The axes of the mesh are to be Auto. `jax.make_mesh` makes Explicit ones if nothing else is said, with which every operation
+    would have to state its sharding; jax then raises a ShardingTypeError in `forward` and `generate`.
+
     Example:
-        >>> import fmodels as fm
+        >>> import jax, fmodels as fm
         >>> specs = fm.partition_specs(fm.abstract(fm.models.gpt2.Config()), {"h": "model", "f": "model", "v": "model"})
         >>> specs["layers"]["mlp"]["up"]["weight"]
         P(None, 'model', None)
+        >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> place = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
     """
     return schema.partition(params, mesh_axes)

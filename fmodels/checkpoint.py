@@ -157,7 +157,7 @@ def load(
         dtype: floating leaves are cast to it; None keeps what is on disk.
         layers: `"stacked"` for leaves with a layer axis, run by `lax.scan`; `"list"` for a tuple of layers, which on CPU
             are memory-mapped without a copy. Unevenly pruned checkpoints are always a tuple.
-        sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them.
+        sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them; see `partition_specs`.
         key: random key for a new head.
         dequantize: whether quantised weights become the arrays that they stand for. If False they are leaves that are
             expanded where they are used and are saved as they are: those of a quantised checkpoint, and q8_0 and q4_0 of a

@@ -352,6 +352,7 @@ def test_buffers_of_old_files(case, tmp_path):
         ("gpt_neox/causal-lm", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
         ("opt/causal-lm", ["decoder.version"]),
         ("xglm/causal-lm", ["model.embed_positions.weights"]),
+        ("deepseek_v3/causal-lm", ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"]),
         ("llama/causal-lm", ["model.layers.0.self_attn.bias"]),
     ):
         row = case(name)

@@ -210,6 +210,7 @@ for layers in ("stacked", "list"):
         assert np.array_equal(one, two)
     tokens = jax.device_put(given["tokens"], NamedSharding(mesh, PartitionSpec("data")))
     results[layers] = fm.forward(sharded, config, tokens, mask=given["mask"]).logits
+    results[f"{layers} generate"] = fm.generate(sharded, config, tokens, mask=given["mask"], max_new_tokens=4).tokens
 whole, config = fm.load(folder, sharding=NamedSharding(mesh, PartitionSpec()))
 results["replicated"] = fm.forward(whole, config, given["tokens"], mask=given["mask"]).logits
 assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
@@ -245,5 +246,9 @@ def test_sharded_on_eight_devices(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     with torch.no_grad():
         want = model(torch.tensor(tokens)).logits.numpy()
+        longer = model.generate(torch.tensor(tokens), max_new_tokens=4, do_sample=False, pad_token_id=2).numpy()
     for name, got in np.load(tmp_path / "out.npz").items():
-        assert np.abs(got - want).max() < 1e-5, name
+        if "generate" in name:
+            assert np.array_equal(got, longer), name
+        else:
+            assert np.abs(got - want).max() < 1e-5, name

@@ -303,8 +303,8 @@ def test_bad_inputs(case):
     }.items():
         with pytest.raises(ValueError, match=match):
             model(**arguments)
-    with pytest.raises(TypeError, match="unknown input 'labels'"):
-        model(tokens, labels=tokens)
+    with pytest.raises(TypeError, match="unknown input 'label'"):
+        model(tokens, label=tokens)
     with pytest.raises(TypeError, match="input_ids and tokens are the same input"):
         model(tokens, input_ids=tokens)
     with pytest.raises(ValueError, match=r"call it outside of tf\.function"):
