@@ -174,7 +174,7 @@ def push(
     folder, revision = Path(folder), _checked("push", revision)
     if not folder.is_dir():
         raise NotADirectoryError(f"push: expected a folder, {str(folder)!r} is none; save the checkpoint first")
-    if create_pr and revision is not None:
+    if create_pr and revision not in (None, "main"):
         raise ValueError("push: a pull request is always against the default branch; leave revision= or create_pr= out")
     with _errors("push", repo_id, revision or "main", token):
         from huggingface_hub import HfApi
