@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import traceback
@@ -119,6 +120,7 @@ BROKEN = {
     ),
     "truncated": (truncate, ["model.safetensors"]),
     "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"hello" * 99), ["model.safetensors"]),
+    "a pipe": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")), ["model.safetensors", "a pipe"]),
     "missing shard": (lambda f: shard(f, {"x": "model-00002-of-00002.safetensors"}), ["model-00002-of-00002.safetensors"]),
     "shard outside": (lambda f: shard(f, {"x": "../../secret.safetensors"}), ["../../secret.safetensors", "outside"]),
 }  # fmt: skip

@@ -154,6 +154,7 @@ def test_other_platforms_and_names_are_refused(case):
     tokens = np.full((1, 4), 5)
     for given, words in (
         ({"attention": "flash"}, "attention='flash' is not a kernel; one of xla, cudnn, splash"),
+        ({"attention": ["xla"]}, r"attention=\['xla'\] is not a kernel; one of xla, cudnn, splash"),
         ({"attention": "cudnn"}, "attention='cudnn' runs on a gpu, this is a cpu"),
         ({"attention": "splash"}, "attention='splash' runs on a tpu, this is a cpu"),
     ):

@@ -210,7 +210,7 @@ def check_how(how: Any, of: str = "forward") -> str:
     """
     if how is None:
         return "dense" if jax.default_backend() == "cpu" else "grouped"
-    if how not in HOW:
+    if not isinstance(how, str) or how not in HOW:
         raise ValueError(f"{of}: experts={how!r} is not a way to run experts; one of {', '.join(HOW)}, or None")
     return how
 

@@ -34,7 +34,7 @@ def check(name: Any, of: str = "forward") -> str:
     Raises:
         ValueError: there is none of that name, or it is another platform's.
     """
-    if name not in PLATFORMS:
+    if not isinstance(name, str) or name not in PLATFORMS:
         raise ValueError(f"{of}: attention={name!r} is not a kernel; one of {', '.join(PLATFORMS)}")
     platform, here = PLATFORMS[name], jax.default_backend()
     if platform is not None and platform != here:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fmodels.weights import safetensors
-from fmodels.weights.tensors import Tensor, is_floating, is_lfs_pointer, lfs_error, listing
+from fmodels.weights.tensors import File, Tensor, is_floating, is_lfs_pointer, lfs_error, listing
 
 Tensors = dict[str, Tensor]
 Metadata = dict[str, Any]
@@ -241,15 +241,13 @@ def format_of(path: str | os.PathLike[str]) -> str:
 
     Raises:
         ValueError: a git-lfs pointer, or the index of a checkpoint.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no file.
     """
     path = Path(path)
     if path.is_dir():
         return "orbax"
-    with open(path, "rb") as file:
-        head = file.read(200)
-        file.seek(max(0, path.stat().st_size - 8))
-        tail = file.read(8)
+    file = File(path)
+    head, tail = file.read(0, 200), file.read(max(0, file.size - 8), 8)
     if is_lfs_pointer(head):
         raise lfs_error(path)
     if path.suffix == ".json":

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import secrets
+import stat
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +43,17 @@ class File:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"read: expected a weights file, {str(path)!r} is a folder; use read_folder")
+        if not stat.S_ISREG(mode):  # to open a pipe would wait for who writes to it
+            raise OSError(
+                f"read: expected a weights file, {str(path)!r} is a pipe, socket or device; copy what it gives to a file"
+            )
         self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
         self._memory: mmap.mmap | None = None
-        if os.path.isdir(path):
-            raise IsADirectoryError(f"read: expected a weights file, {str(path)!r} is a folder; use read_folder")
 
     @cached_property
     def mapped(self) -> np.ndarray:
