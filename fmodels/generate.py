@@ -87,7 +87,8 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a row without a real token, tokens outside of the vocabulary, more tokens than
-            positions, sampling without a key, options that contradict each other, a kernel that does not fit.
+            positions, sampling without a key, options that contradict each other, a kernel that does not fit, a call from
+            within `jit`.
         NotImplementedError: an option that is not supported; a text that outgrows the short rotary factors of Phi-3, beyond which
             its cache would have to be computed again.
 

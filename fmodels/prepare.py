@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fmodels import schema, strategies
 from fmodels.generation import constraints
@@ -118,6 +119,7 @@ def prepare(
 ) -> Call:
     """The call of `generate` with these arguments; raises what it raises."""
     encoder_decoder = _check_task(config)
+    _check_outside_of_jit(params, tokens, mask, key)
     read, present = _check_prompt(params, tokens, mask, "tokens")
     rows = _rows(config, options, read.shape[0])
     first = rows[0]
@@ -222,6 +224,14 @@ def _check_task(config: Config) -> bool:
             + ("" if causal else ", of a model whose tokens see only those before them (config.causal)")
         )
     return config.task == "seq2seq-lm"
+
+
+def _check_outside_of_jit(*arguments: Any) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((arguments, jnp.zeros(())))):  # which jit traces, too
+        raise ValueError(
+            "generate: it compiles its own program, and reads prompts on the host; call it outside of jax.jit, nnx.jit and "
+            "other transformations, with arrays and not with tracers"
+        )
 
 
 def _check_prompt(params: Params, tokens: Any, mask: Any, name: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -292,6 +292,13 @@ def test_bad_calls(llama):
             call(tokens, **kw)
     with pytest.raises(TypeError, match="integers"):
         call([[1.5]])
+    for inside in (
+        lambda: jax.jit(call)(np.array([[12]])),
+        lambda: jax.jit(lambda: call([[12]]))(),  # of which nothing is traced but what it computes
+        lambda: jax.jit(lambda params: next(fm.stream(params, config, [[12]])))(params),
+    ):
+        with pytest.raises(ValueError, match=r"compiles its own program.*outside of jax\.jit, nnx\.jit"):
+            inside()
 
 
 def test_positions_run_out():
