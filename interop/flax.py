@@ -125,7 +125,11 @@ class LinenModel(linen.Module):
             params = core.unfreeze(dict(self.variables["params"]))
         else:
             raise ValueError('LinenModel: expected {"params": tree}, got no parameters; use model.init or fm.load')
-        return fm.forward(params, self.config, tokens, **inputs)
+        try:
+            return fm.forward(params, self.config, tokens, **inputs)
+        except (KeyError, IndexError):
+            fm.check(params, self.config)  # which names the leaves that are missing
+            raise
 
 
 class NNXModel(nnx.Module):

@@ -92,6 +92,11 @@ def test_linen_takes_the_tree_unchanged(gpt2):
     assert not same(drawn, model.init(jax.random.key(1), TOKENS)["params"])
     with pytest.raises(ValueError, match="got no parameters"):
         model.apply({}, TOKENS)
+    less = fm.tree.remove(params, "embed.tokens", "final_norm.scale")
+    with pytest.raises(ValueError, match=r"2 problems:\n  missing 'embed\.tokens'\n  missing 'final_norm\.scale'"):
+        model.apply({"params": less}, TOKENS)
+    with pytest.raises(ValueError, match=r"outside of jax\.jit, nnx\.jit"):
+        nnx.jit(lambda module: module.generate(TOKENS))(ix.NNXModel(params, config))
 
 
 def loss_of(logits):
