@@ -54,6 +54,7 @@ def export(
 
     Raises:
         ValueError: inputs that the model does not take; what `fm.export_generate` refuses.
+        NotADirectoryError: `folder` is a file.
         NotImplementedError: other ways of decoding than greedy, sampling and beams.
 
     Example:
@@ -64,6 +65,10 @@ def export(
         >>> sorted(tf.saved_model.load(folder).signatures)
         ['generate', 'serving_default']
     """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(
+            f"export: expected a folder, {os.fspath(folder)!r} is a file; give a folder or remove the file"
+        )
     variables, config = dict(model.named_variables), model.config
     shapes = {name: jax.ShapeDtypeStruct(v.shape, v.dtype.as_numpy_dtype) for name, v in variables.items()}
     params = jax.eval_shape(lambda tensors: fm.from_disk(tensors, config), shapes)

@@ -126,3 +126,6 @@ def test_refusals(case, tmp_path):
         NotImplementedError, match="only greedy decoding, sampling and beams are exported, not contrastive"
     ):
         export(model, tmp_path, max_new_tokens=3, options=fm.GenerationConfig(penalty_alpha=0.5, top_k=4))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="export: expected a folder, .*file' is a file; give a folder"):
+        model.export(tmp_path / "file")
