@@ -155,6 +155,7 @@ def load(
         tensors = {name: tensor.array() for name, tensor in opened.tensors.items()}
         own = opened.config if own is None else own
     else:
+        check_state_dict("from_pretrained", state_dict)
         tensors = dict(state_dict)
     found = _with_fields(own, options)
     arrays = to_arrays({_renamed(name, key_mapping or {}): tensor for name, tensor in tensors.items()}, found)
@@ -167,6 +168,15 @@ def load(
     params = fm.from_disk(arrays, found, layers=layers)
     params = params if dtype is None else fm.cast(params, dtype)
     return Loaded(fm.dequantize(params), _finished(found, generation_config), _info(differ, mismatched))
+
+
+def check_state_dict(what: str, state_dict: Any) -> None:
+    """Raises a TypeError, for the method `what`, if `state_dict=` is no tensors by name."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{what}: state_dict must be tensors by name, got {type(state_dict).__name__}; pass what model.state_dict() gives, or "
+            "fm.to_disk(params, config)"
+        )
 
 
 def _drawn(config: Any, names: list[str], key: Any, dtype: Any) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import fmodels as fm
 from interop import masks
 from interop.adapters import Adapters
-from interop.loading import load, read_config, setting
+from interop.loading import check_state_dict, load, read_config, setting
 from interop.positions import resize_positions
 
 logger = logging.getLogger("fmodels")
@@ -85,8 +86,8 @@ class Pretrained(Adapters):
         raise NotImplementedError
 
     @staticmethod
-    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-        """Arrays of tensors by name; raises where the repetition of a tied tensor differs from it."""
+    def _arrays(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        """Arrays of tensors by name, for the method `what`; raises where the repetition of a tied tensor differs from it."""
         raise NotImplementedError
 
     @staticmethod
@@ -121,7 +122,7 @@ class Pretrained(Adapters):
             mismatched_keys and error_msgs; with `_do_init=False` `(model, params)`, the tree as well.
         """
         do_init = options.pop("_do_init", True)
-        loaded = load(cls._arrays, source, **options)
+        loaded = load(functools.partial(cls._arrays, "from_pretrained"), source, **options)
         model = cls(loaded.params, loaded.config)
         if not do_init:
             return model, loaded.params
@@ -196,7 +197,11 @@ class Pretrained(Adapters):
         if self._specs:
             self._save_adapter(folder, **options)
             return
-        params = self.params if state_dict is None else fm.from_disk(self._arrays(state_dict, self.config), self.config)
+        if state_dict is None:
+            params = self.params
+        else:
+            check_state_dict("save_pretrained", state_dict)
+            params = fm.from_disk(self._arrays("save_pretrained", state_dict, self.config), self.config)
         fm.save(params, self.config, folder, **options)
         if push_to_hub:
             name = Path(folder).resolve().name if repo_id is None else repo_id

@@ -418,8 +418,8 @@ class TFModel(Pretrained, tf.Module):
         return tf.cast(value, dtype)
 
     @staticmethod
-    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-        return arrays_of("from_pretrained", tensors, config)
+    def _arrays(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        return arrays_of(what, tensors, config)
 
     @staticmethod
     def _bytes_of(dtype: tf.DType) -> int:

@@ -360,8 +360,8 @@ class TorchModel(Pretrained, nn.Module):
         return torch.as_tensor(value).to(dtype)
 
     @staticmethod
-    def _arrays(tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-        return arrays_of("from_pretrained", tensors, config, (Tensor, np.ndarray))
+    def _arrays(what: str, tensors: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
+        return arrays_of(what, tensors, config, (Tensor, np.ndarray))
 
     @staticmethod
     def _bytes_of(dtype: torch.dtype) -> int:

@@ -296,6 +296,8 @@ def test_save_pretrained_follows_its_arguments(library, tmp_path, monkeypatch):
     ]
     for error, options in (
         (TypeError, {"save_function": print}),
+        (TypeError, {"state_dict": 5}),
+        (TypeError, {"state_dict": {**other._named(), "x": object()}}),
         (ValueError, {"save_original_format": False}),
         (ValueError, {"commit_message": "text"}),
         (ValueError, {"safe_serialization": True, "format": "torch"}),
