@@ -27,6 +27,16 @@ from interop.tensorflow.programs import convert
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+class _Functions:
+    """What was compiled, by inputs: no dict, which tf.Module would wrap and track. Its functions hold the variables of one model."""
+
+    def __init__(self) -> None:
+        self.by_inputs: dict[Any, Any] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Functions:
+        return _Functions()
+
+
 class TFModel(Pretrained, tf.Module):
     """A model for TensorFlow: variables under transformers' PyTorch names, computed by the JAX function.
 
@@ -66,8 +76,7 @@ class TFModel(Pretrained, tf.Module):
 
     def __init__(self, params: fm.Params, config: Any):
         tf.Module.__init__(self, name=config.model_type.replace("-", "_"))
-        # A namespace, because tf.Module would wrap and track a dict of functions.
-        self._functions = types.SimpleNamespace(by_inputs={})
+        self._functions = _Functions()
         self.named_variables: dict[str, tf.Variable] = {}
         self.adapter_variables: dict[str, tf.Variable] = {}
         self._specs = {}

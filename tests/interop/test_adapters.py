@@ -131,9 +131,15 @@ def test_new_adapters_and_generation(library, made):
     tree = fm.add_adapter(row.params, row.config, fm.load_adapter(folder))
     want = fm.generate(tree, row.config, row.inputs()["tokens"], max_new_tokens=3).tokens
     assert np.array_equal(library.numpy(model.generate(tokens, max_new_tokens=3)), want)
+    twins = [copy.deepcopy(model)]
     if isinstance(model, TorchModel):
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert np.array_equal(logits(library, twin, row), logits(library, model, row))
+        twins.append(pickle.loads(pickle.dumps(model)))
+    for twin in twins:
+        assert np.array_equal(logits(library, twin, row), logits(library, model, row))
+        assert twin.active_adapters() == model.active_adapters() == ["new"]
+        old, new = ({**m._named(), **m._adapter_tensors()} for m in (model, twin))
+        assert [(n, twin._is_trained(t)) for n, t in new.items()] == [(n, model._is_trained(t)) for n, t in old.items()]
+        assert not any(new[name] is old[name] for name in old)
     for error, match, wrong in (
         (TypeError, "key= and seed=", lambda: model.add_adapter({"r": 2}, "x")),
         (TypeError, "LoraConfig", lambda: model.add_adapter(7, "x", seed=0)),
