@@ -153,7 +153,9 @@ def test_what_is_refused(case):
     loaded, llama = case("mixtral/causal-lm"), case("llama/causal-lm")
     tokens = loaded.inputs()["tokens"]
     for how in ("sparse", ["dense"]):
-        with pytest.raises(ValueError, match="experts=.*(sparse|dense).* is not a way to run experts; one of grouped, dense"):
+        with pytest.raises(
+            ValueError, match=r"experts=.*(sparse|dense).* is not a way to run experts; one of grouped, dense"
+        ):
             fm.forward(loaded.params, loaded.config, tokens, experts=how)
     with pytest.raises(ValueError, match="llama has no experts"):
         fm.forward(llama.params, llama.config, tokens, experts="dense")

@@ -127,5 +127,5 @@ def test_refusals(case, tmp_path):
     ):
         export(model, tmp_path, max_new_tokens=3, options=fm.GenerationConfig(penalty_alpha=0.5, top_k=4))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="export: expected a folder, .*file' is a file; give a folder"):
+    with pytest.raises(NotADirectoryError, match=r"export: expected a folder, .*file' is a file; give a folder"):
         model.export(tmp_path / "file")
