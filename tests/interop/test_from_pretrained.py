@@ -123,6 +123,7 @@ def test_state_dicts_configs_and_other_names(library, folder):
     for error, options in (
         (TypeError, {"state_dict": tensors}),
         (TypeError, {"config": GPT2}),
+        (TypeError, {"state_dict": [1], "config": GPT2}),
         (TypeError, {"state_dict": tensors, "config": 3}),
         (TypeError, {"state_dict": tensors, "config": GPT2, "dtype": "float32", "torch_dtype": "float32"}),
         (
