@@ -23,10 +23,10 @@ LINEAR = {
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
 }
-TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B", "magnitude": LINEAR["magnitude"]}
 """Ends of the names of the tensors that belong to an adapted module, matrix or table."""
 OPTIONAL = {"bias": "lora_bias", "magnitude": "use_dora"}
-"""Part of an adapted matrix -> the option with which an adapter has it."""
+"""Part of an adapted module -> the option with which an adapter has it."""
 ROWS = ".token_adapter"
 """What comes between the name of a table and those of the rows that belong to the adapter."""
 
@@ -39,7 +39,7 @@ class Role(NamedTuple):
     """What a tensor of an adapter is.
 
     Attributes:
-        part: `"a"`, `"b"`, `"bias"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
+        part: `"a"`, `"b"`, `"bias"` or `"magnitude"` of an adapted module; `"whole"` for a tensor in place of the model's; `"rows"`
             for some of its rows; `"base"` for what is the model's own; `"unused"`.
         name: PyTorch's name of the model's tensor.
         module: the name by which ranks and scales are found.
@@ -147,9 +147,8 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
         name, kind = f"{module}.weight", names.modules[module]
         if kind == "other":
             problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
-        elif kind == "table" and any(options.values()):
-            wrong = " and ".join(OPTIONAL[part] for part, asked in options.items() if asked)
-            problems.append(f"{wrong} for {module!r}, a table of embeddings, is not supported")
+        elif kind == "table" and options["bias"]:
+            problems.append(f"{OPTIONAL['bias']} for {module!r}, a table of embeddings, is not supported")
         elif tied := _tied(names, name):
             problems.append(f"{module!r} is tied to {tied}, and PEFT adapts one of them")
         else:
