@@ -55,7 +55,7 @@ class AdapterConfig:
         layers_to_transform: the numbers of the layers that are adapted; all if None.
         layers_pattern: the name of the list of layers, where the first number in a module's name is not its layer's.
         use_rslora: what is added is scaled by `lora_alpha / √r`.
-        use_dora: the lengths of rows are apart from their directions.
+        use_dora: the lengths of rows are apart from their directions; of tables of embeddings those of columns.
         lora_bias: whether the second factor has a bias, which is scaled and added with the product.
         fan_in_fan_out: whether PyTorch's matrices have their inputs first, as GPT-2's; the tensors of an adapter do not
             depend on it.

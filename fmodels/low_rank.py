@@ -17,8 +17,7 @@ from fmodels.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A weight with adapters of low rank beside it: `factor · (weight + b a) · columns`, never formed to multiply with
-    it, and a bias.
+    """A weight with adapters beside it: `factor · (weight + b a) · columns`, never formed to multiply with it, and a bias.
 
     Several adapters lie side by side along the rank `r`. With `gain` each row of a batch has its own sum of them.
 
@@ -109,7 +108,8 @@ class LowRank:
         lead, new = letters[: len(letters) - inputs], weight[:outputs]
         wide = self._wide(x.dtype)
         if self.columns is not None:
-            x = (x.astype(wide) * self._each_row(self.columns, x).astype(wide)).astype(x.dtype)
+            scaled = x.astype(wide) * self._each_row(self.columns, x.astype(wide))
+            x = scaled.astype(x.dtype)
         inner = einsum(f"{letters},R{weight[outputs:]}->{lead}R", x.astype(wide), self.a)
         inner = inner if self.gain is None else inner * _by_rows(self.gain, inner)
         y = einsum(equation, x, self.weight).astype(wide) + einsum(f"{lead}R,{new}R->{lead}{new}", inner, self.b)
