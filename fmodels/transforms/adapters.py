@@ -106,7 +106,9 @@ def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None, part: 
     Source: Liu et al. 2024, "DoRA", section 4.3, where the norm has no gradient; matches PEFT's `DoraLinearLayer` and
     `DoraEmbeddingLayer`.
     """
-    lengths = {layer: getattr(factors, part) for layer, factors in adapter.items() if getattr(factors, part) is not None}
+    lengths = {
+        layer: getattr(factors, part) for layer, factors in adapter.items() if getattr(factors, part) is not None
+    }
     if not lengths:
         return None
     alone = {layer: factors._replace(magnitude=None, columns=None) for layer, factors in adapter.items()}
