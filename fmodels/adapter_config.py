@@ -65,7 +65,7 @@ class AdapterConfig:
             such numbers.
         init_lora_weights: how a new adapter begins: True, `"gaussian"`, or False for one that changes the model. Trained ones
             may have begun otherwise.
-        ensure_weight_tying: whether tied modules have one adapter.
+        ensure_weight_tying: whether tied modules have one adapter; of `target_modules`, `embed_tokens` and `lm_head` alone.
         data: the keys of the file as JSON, for writing them back.
 
     Source: PEFT's `LoraConfig`.
@@ -191,6 +191,17 @@ class AdapterConfig:
             return [name for name in found if re.fullmatch(self.target_modules, name)]
         wanted = self.target_modules or ()
         return [n for n in found if n in wanted or (_ends(n, wanted) and self._is_in_layers(n))]
+
+    @property
+    def ties_factors(self) -> bool:
+        """Whether a head that is tied to the adapted table of tokens has the table's factors.
+
+        Source: PEFT's `_check_tied_modules`, which knows no other names of the two.
+        """
+        names, wanted = ("embed_tokens", "lm_head"), self.target_modules or ()
+        if isinstance(wanted, str):
+            return self.ensure_weight_tying and any(re.fullmatch(wanted, name) for name in names)
+        return self.ensure_weight_tying and any(name.rpartition(".")[2] in names for name in wanted)
 
     @property
     def task_type(self) -> str | None:

@@ -368,6 +368,8 @@ def _read(base: Base, adapter: Adapter) -> _Parts:
             factors.setdefault(role.name, (role, {}))[1][role.part] = tensor
         elif role.part in ("whole", "rows", "base"):
             problems += _whole(base, parts, role, name, tensor, spec)
+        elif role.part == "copy" and (other := PREFIX + role.name) in tensors:
+            problems += _repeated(name, tensor.T, other, tensors[other])
     for name, (role, pieces) in factors.items():
         if "a" in pieces and "b" in pieces:
             problems += _factors(base, parts, name, role, pieces, spec)
@@ -403,13 +405,18 @@ def _whole(base: Base, parts: _Parts, role: Role, name: str, tensor: Array, spec
             return []
     same = base.same.get(role.name, role.name)
     before = parts.wholes.setdefault(same, tensor)
+    if role.part == "base" and _is_traced(before, tensor):
+        return []
+    return _repeated(name, tensor, same, before)
+
+
+def _repeated(name: str, tensor: Array, other: str, before: Array) -> list[str]:
+    """What is wrong with a tensor that is tied to another."""
     if before is tensor or _same(before, tensor):
         return []
     if not _is_traced(before, tensor):
-        return [f"{name!r} differs from that of {same!r}, to which it is tied"]
-    return (
-        [] if role.part == "base" else [f"{name!r} repeats {same!r}; to train the adapter, leave it out of its tensors"]
-    )
+        return [f"{name!r} differs from that of {other!r}, to which it is tied"]
+    return [f"{name!r} repeats {other!r}; to train the adapter, leave it out of its tensors"]
 
 
 def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:

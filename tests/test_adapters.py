@@ -197,7 +197,8 @@ def test_saved_as_by_peft(made, name, tmp_path):
 def test_embedding_of_a_tied_model(case, tmp_path):
     """PEFT adapts the rows that are read and not the tied head: such a tree needs two tables."""
     loaded = case("gpt2/causal-lm")
-    adapted = peft(loaded.model, {"target_modules": ["wte", "c_fc"], "fan_in_fan_out": True})
+    options = {"target_modules": ["wte", "c_fc"], "fan_in_fan_out": True, "ensure_weight_tying": True}  # of other names
+    adapted = peft(loaded.model, options)
     adapter = fm.load_adapter(save(adapted, tmp_path))
     with pytest.raises(ValueError, match=r"'transformer.wte' is tied to 'lm_head'(.|\n)*fm.untie"):
         fm.add_adapter(loaded.params, loaded.config, adapter)
@@ -205,6 +206,31 @@ def test_embedding_of_a_tied_model(case, tmp_path):
     given = loaded.inputs()
     out = fm.forward(fm.add_adapter(params, config, adapter), config, given["tokens"]).logits
     np.testing.assert_allclose(out, theirs(adapted.base_model.model, given).detach(), rtol=0, atol=1e-5)
+
+
+def test_embedding_and_head_with_one_adapter(case, tmp_path):
+    """PEFT's merge adds the factors to the one table twice, so that its merged model is not its own; ours is."""
+    loaded = case("llama/causal-lm/tied-biases")
+    options = {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True}
+    adapted = peft(loaded.model, options)
+    adapter = fm.load_adapter(save(adapted, tmp_path / "theirs"))
+    params = fm.add_adapter(loaded.params, loaded.config, adapter)
+    given = loaded.inputs()
+    expected = theirs(adapted.base_model.model, given).detach()
+    for tree in (params, fm.merge_adapters(params)):
+        out = fm.forward(tree, loaded.config, given["tokens"]).logits
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    copies = {name: tensor for name, tensor in adapter.tensors.items() if ".lm_head.lora" in name}
+    assert len(copies) == 2
+    for change, message in (
+        (lambda x: x + 1, r"differs from .*, to which it is tied"),
+        (lambda x: x[:1], "differs from"),
+    ):
+        changed = adapter.tensors | {name: change(tensor) for name, tensor in copies.items()}
+        with pytest.raises(ValueError, match=message):
+            fm.add_adapter(loaded.params, loaded.config, dataclasses.replace(adapter, tensors=changed))
+    with pytest.raises(ValueError, match=r"repeats .*leave it out"):
+        jax.jit(lambda adapter: fm.add_adapter(loaded.params, loaded.config, adapter))(adapter)
 
 
 OPTIONS = [
