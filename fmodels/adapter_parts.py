@@ -151,7 +151,8 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
         elif kind == "table" and options["bias"]:
             problems.append(f"{OPTIONAL['bias']} for {module!r}, a table of embeddings, is not supported")
         elif (tied := _tied(names, name)) and not (copies := _copies(names, adapter, module)):
-            problems.append(f"{module!r} is tied to {', '.join(map(repr, tied))}, and PEFT adapts one of them")
+            other = "gives the two other factors" if adapter.ties_factors else "adapts one of them"
+            problems.append(f"{module!r} is tied to {', '.join(map(repr, tied))}, and PEFT {other}")
         else:
             ends = TABLE if kind == "table" else LINEAR
             for part, end in ends.items():

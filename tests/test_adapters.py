@@ -210,6 +210,8 @@ def test_embedding_of_a_tied_model(case, tmp_path):
 
 def test_embedding_and_head_with_one_adapter(case, tmp_path):
     """PEFT's merge adds the factors to the one table twice, so that its merged model is not its own; ours is."""
+    from peft import PeftModel
+
     loaded = case("llama/causal-lm/tied-biases")
     options = {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True}
     adapted = peft(loaded.model, options)
@@ -231,6 +233,16 @@ def test_embedding_and_head_with_one_adapter(case, tmp_path):
             fm.add_adapter(loaded.params, loaded.config, dataclasses.replace(adapter, tensors=changed))
     with pytest.raises(ValueError, match=r"repeats .*leave it out"):
         jax.jit(lambda adapter: fm.add_adapter(loaded.params, loaded.config, adapter))(adapter)
+    spec = fm.AdapterConfig(r=2, **options, use_dora=True)
+    with pytest.raises(ValueError, match="tied to 'lm_head', and PEFT gives the two other factors"):
+        fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
+    spec = fm.AdapterConfig(r=2, **options, init_lora_weights=False)
+    new = fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
+    new = jax.tree.map(lambda x: x / 4, new)
+    fm.save_adapter(new, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(loaded.model), tmp_path / "ours").eval()
+    out = fm.forward(fm.add_adapter(loaded.params, loaded.config, new), loaded.config, given["tokens"]).logits
+    np.testing.assert_allclose(out, theirs(again.base_model.model, given).detach(), rtol=0, atol=1e-5)
 
 
 OPTIONS = [
