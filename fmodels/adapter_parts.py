@@ -146,11 +146,12 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
     found: dict[str, Role] = {}
     for module in targets:
         name, kind = f"{module}.weight", names.modules[module]
+        tied, copies = _tied(names, name), _copies(names, adapter, module)
         if kind == "other":
             problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
         elif kind == "table" and options["bias"]:
             problems.append(f"{OPTIONAL['bias']} for {module!r}, a table of embeddings, is not supported")
-        elif (tied := _tied(names, name)) and not (copies := _copies(names, adapter, module)):
+        elif tied and not copies:
             other = "gives the two other factors" if adapter.ties_factors else "adapts one of them"
             problems.append(f"{module!r} is tied to {', '.join(map(repr, tied))}, and PEFT {other}")
         else:
@@ -159,7 +160,7 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
                 if options.get(part, True):
                     found[module + end] = Role(part, name, module, table=kind == "table")
             found[f"{module}.base_layer.weight"] = Role("base", name, module, required=False)
-            found |= copies if tied else {}
+            found |= copies
     found |= _parameters(names, adapter, problems)
     saved = adapter.saved({name.rpartition(".")[0] for name in (*names.places, *names.tied)})
     tokens = adapter.tokens(names.modules, names.embedding)

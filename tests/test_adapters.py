@@ -238,7 +238,7 @@ def test_embedding_and_head_with_one_adapter(case, tmp_path):
         fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
     spec = fm.AdapterConfig(r=2, **options, init_lora_weights=False)
     new = fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
-    new = jax.tree.map(lambda x: x / 4, new)
+    new = jax.tree.map(lambda x: x / 8, new)
     fm.save_adapter(new, tmp_path / "ours")
     again = PeftModel.from_pretrained(copy.deepcopy(loaded.model), tmp_path / "ours").eval()
     out = fm.forward(fm.add_adapter(loaded.params, loaded.config, new), loaded.config, given["tokens"]).logits
