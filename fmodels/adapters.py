@@ -254,7 +254,8 @@ def add_adapter(params: Params, config: Config, adapter: Adapter | Sequence[Adap
         (True, False)
 
     Source: PEFT's `PeftModel`, with `adapter_names` for `choice`. A head that is tied to the table of tokens must be given
-    its own (`fm.untie`) before an adapter of one of the two is added: in PEFT the other one then stays as it is.
+    its own (`fm.untie`) before an adapter of one of the two is added: in PEFT the other one then stays as it is. With
+    `ensure_weight_tying` both have the same factors, and stay tied here too; PEFT's merge would add them twice.
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     chosen = None if choice is None else _check_choice(choice, len(adapters))
