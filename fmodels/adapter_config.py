@@ -55,7 +55,7 @@ class AdapterConfig:
         layers_to_transform: the numbers of the layers that are adapted; all if None.
         layers_pattern: the name of the list of layers, where the first number in a module's name is not its layer's.
         use_rslora: what is added is scaled by `lora_alpha / √r`.
-        use_dora: the lengths of rows are apart from their directions.
+        use_dora: the lengths of rows are apart from their directions; of tables of embeddings those of columns.
         lora_bias: whether the second factor has a bias, which is scaled and added with the product.
         fan_in_fan_out: whether PyTorch's matrices have their inputs first, as GPT-2's; the tensors of an adapter do not
             depend on it.
@@ -65,7 +65,7 @@ class AdapterConfig:
             such numbers.
         init_lora_weights: how a new adapter begins: True, `"gaussian"`, or False for one that changes the model. Trained ones
             may have begun otherwise.
-        ensure_weight_tying: whether tied modules have one adapter.
+        ensure_weight_tying: whether tied modules have one adapter; of `target_modules`, `embed_tokens` and `lm_head` alone.
         data: the keys of the file as JSON, for writing them back.
 
     Source: PEFT's `LoraConfig`.
@@ -191,6 +191,17 @@ class AdapterConfig:
             return [name for name in found if re.fullmatch(self.target_modules, name)]
         wanted = self.target_modules or ()
         return [n for n in found if n in wanted or (_ends(n, wanted) and self._is_in_layers(n))]
+
+    @property
+    def ties_factors(self) -> bool:
+        """Whether a head that is tied to the adapted table of tokens has the table's factors.
+
+        Source: PEFT's `_check_tied_modules`, which knows no other names of the two.
+        """
+        names, wanted = ("embed_tokens", "lm_head"), self.target_modules or ()
+        if isinstance(wanted, str):
+            return self.ensure_weight_tying and any(re.fullmatch(wanted, name) for name in names)
+        return self.ensure_weight_tying and any(name.rpartition(".")[2] in names for name in wanted)
 
     @property
     def task_type(self) -> str | None:

@@ -23,10 +23,10 @@ LINEAR = {
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
 }
-TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+TABLE = {"a": ".lora_embedding_A", "b": ".lora_embedding_B", "magnitude": LINEAR["magnitude"]}
 """Ends of the names of the tensors that belong to an adapted module, matrix or table."""
 OPTIONAL = {"bias": "lora_bias", "magnitude": "use_dora"}
-"""Part of an adapted matrix -> the option with which an adapter has it."""
+"""Part of an adapted module -> the option with which an adapter has it."""
 ROWS = ".token_adapter"
 """What comes between the name of a table and those of the rows that belong to the adapter."""
 
@@ -39,9 +39,10 @@ class Role(NamedTuple):
     """What a tensor of an adapter is.
 
     Attributes:
-        part: `"a"`, `"b"`, `"bias"` or `"magnitude"` of an adapted matrix; `"whole"` for a tensor in place of the model's; `"rows"`
-            for some of its rows; `"base"` for what is the model's own; `"unused"`.
-        name: PyTorch's name of the model's tensor.
+        part: `"a"`, `"b"`, `"bias"` or `"magnitude"` of an adapted module; `"whole"` for a tensor in place of the model's; `"rows"`
+            for some of its rows; `"base"` for what is the model's own; `"copy"` of another of the adapter, transposed;
+            `"unused"`.
+        name: PyTorch's name of the model's tensor; of a copy, the other's name.
         module: the name by which ranks and scales are found.
         required: whether each such adapter has it.
         table: whether the tensor is a table of embeddings, of which PEFT stores the factors transposed.
@@ -145,19 +146,21 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
     found: dict[str, Role] = {}
     for module in targets:
         name, kind = f"{module}.weight", names.modules[module]
+        tied, copies = _tied(names, name), _copies(names, adapter, module)
         if kind == "other":
             problems.append(f"{module!r} is neither a matrix nor a table of embeddings that PEFT can adapt")
-        elif kind == "table" and any(options.values()):
-            wrong = " and ".join(OPTIONAL[part] for part, asked in options.items() if asked)
-            problems.append(f"{wrong} for {module!r}, a table of embeddings, is not supported")
-        elif tied := _tied(names, name):
-            problems.append(f"{module!r} is tied to {tied}, and PEFT adapts one of them")
+        elif kind == "table" and options["bias"]:
+            problems.append(f"{OPTIONAL['bias']} for {module!r}, a table of embeddings, is not supported")
+        elif tied and not copies:
+            other = "gives the two other factors" if adapter.ties_factors else "adapts one of them"
+            problems.append(f"{module!r} is tied to {', '.join(map(repr, tied))}, and PEFT {other}")
         else:
             ends = TABLE if kind == "table" else LINEAR
             for part, end in ends.items():
                 if options.get(part, True):
                     found[module + end] = Role(part, name, module, table=kind == "table")
             found[f"{module}.base_layer.weight"] = Role("base", name, module, required=False)
+            found |= copies
     found |= _parameters(names, adapter, problems)
     saved = adapter.saved({name.rpartition(".")[0] for name in (*names.places, *names.tied)})
     tokens = adapter.tokens(names.modules, names.embedding)
@@ -167,7 +170,9 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
             found[name] = Role("whole", name, module)
             found[f"{module}.original_module.{kind}"] = Role("unused", name, module, required=False)
             if tied := _tied(names, name):
-                problems.append(f"{module!r} is tied to {tied}, and in PEFT the adapter's own is not")
+                problems.append(
+                    f"{module!r} is tied to {', '.join(map(repr, tied))}, and in PEFT the adapter's own is not"
+                )
         elif kind == "bias" and (adapter.bias == "all" or (adapter.bias == "lora_only" and module in targets)):
             at = f"{module}.base_layer" if module in targets else module
             found[f"{at}.bias"] = Role("whole", name, module, required=name not in names.tied)
@@ -190,12 +195,29 @@ def roles(config: Config, adapter: AdapterConfig) -> dict[str, Role]:
     return {PREFIX + name: role for name, role in found.items()}
 
 
-def _tied(names: Model, name: str) -> str:
-    """The tensors that are the same as this, as text; nothing where there are none."""
+def _tied(names: Model, name: str) -> list[str]:
+    """The modules whose tensors are the same as this."""
     leaf = names.tied.get(name) or (names.places[name].rule.leaf if name in names.places else None)
     others = [other for other, path in names.tied.items() if path == leaf]
     others += [other for other, place in names.places.items() if others and place.rule.leaf == leaf]
-    return ", ".join(repr(other.rpartition(".")[0]) for other in others if other != name)
+    return [other.rpartition(".")[0] for other in others if other != name]
+
+
+def _copies(names: Model, adapter: AdapterConfig, module: str) -> dict[str, Role]:
+    """The roles of a table's factors in the tied head, with `ensure_weight_tying`; nothing where PEFT's head is not the same.
+
+    Source: PEFT's `LoraModel._create_and_replace`. DoRA has the lengths of rows in the head, and of columns in the table.
+    """
+    heads = _tied(names, f"{module}.weight") if module == names.embedding and adapter.ties_factors else []
+    same = all(names.modules[head] == "head" and adapter.scale(head) == adapter.scale(module) for head in heads)
+    if adapter.use_dora or not same:
+        return {}
+    pairs = {LINEAR["a"]: TABLE["b"], LINEAR["b"]: TABLE["a"]}
+    return {
+        head + end: Role("copy", module + other, module, required=False)
+        for head in heads
+        for end, other in pairs.items()
+    }
 
 
 def _parameters(names: Model, adapter: AdapterConfig, problems: list[str]) -> dict[str, Role]:

@@ -195,9 +195,11 @@ def init_adapter(params: Params, config: Config, spec: AdapterConfig, key: Key, 
             tensors[name] = whole[jnp.asarray(_tokens(config, spec, role))] if role.part == "rows" else whole
     for name, role in found.items():
         if role.part == "magnitude":
-            stem = name.removesuffix(".lora_magnitude_vector")
-            a, b = (tensors[f"{stem}.lora_{part}.weight"].astype(jnp.float32) for part in "AB")
+            ends = TABLE if role.table else LINEAR
+            stem = name.removesuffix(ends["magnitude"])
+            a, b = (tensors[stem + ends[part]].astype(jnp.float32) for part in ("a", "b"))
             whole = jnp.asarray(base.matrix(role.name), jnp.float32)
+            whole = whole.T if role.table else whole
             tensors[name] = jnp.linalg.norm(whole + spec.scale(role.module) * (b @ a), axis=1).astype(dtype)
     return Adapter(tensors, spec)
 
@@ -252,7 +254,8 @@ def add_adapter(params: Params, config: Config, adapter: Adapter | Sequence[Adap
         (True, False)
 
     Source: PEFT's `PeftModel`, with `adapter_names` for `choice`. A head that is tied to the table of tokens must be given
-    its own (`fm.untie`) before an adapter of one of the two is added: in PEFT the other one then stays as it is.
+    its own (`fm.untie`) before an adapter of one of the two is added: in PEFT the other one then stays as it is. With
+    `ensure_weight_tying` both have the same factors, and stay tied here too; PEFT's merge would add them twice.
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     chosen = None if choice is None else _check_choice(choice, len(adapters))
@@ -274,7 +277,7 @@ def add_adapter(params: Params, config: Config, adapter: Adapter | Sequence[Adap
     for path, by_adapter in found.items():
         depth = flat[path].shape[0] if base.stacked and "layers" in path.split(".") else None
         layers = [by_adapter.get(i, {}) for i in range(len(adapters))]
-        dora = any(f.magnitude is not None for one in layers for f in one.values())
+        dora = any(f.has_lengths for one in layers for f in one.values())
         axes = len(flat[path].shape) - (depth is not None)
         experts = any(f.a.ndim + f.b.ndim - 2 > axes for one in layers for f in one.values())
         if (chosen is not None and experts) or (chosen is None and dora and len(by_adapter) > 1):
@@ -319,7 +322,7 @@ def unmerge_adapters(params: Params, config: Config, adapter: Adapter | Sequence
     lost: list[str] = []
     for own in (_read(base, one) for one in adapters):
         lost += own.wholes
-        lost += [path for path, layers in own.factors.items() if any(f.magnitude is not None for f in layers.values())]
+        lost += [path for path, layers in own.factors.items() if any(f.has_lengths for f in layers.values())]
     if lost:
         raise ValueError(
             f"unmerge_adapters: the model's own {listing(sorted(set(lost)), 5)} cannot be had from the merged tree; load the "
@@ -366,6 +369,8 @@ def _read(base: Base, adapter: Adapter) -> _Parts:
             factors.setdefault(role.name, (role, {}))[1][role.part] = tensor
         elif role.part in ("whole", "rows", "base"):
             problems += _whole(base, parts, role, name, tensor, spec)
+        elif role.part == "copy" and (other := PREFIX + role.name) in tensors:
+            problems += _repeated(name, tensor.T, other, tensors[other])
     for name, (role, pieces) in factors.items():
         if "a" in pieces and "b" in pieces:
             problems += _factors(base, parts, name, role, pieces, spec)
@@ -401,13 +406,18 @@ def _whole(base: Base, parts: _Parts, role: Role, name: str, tensor: Array, spec
             return []
     same = base.same.get(role.name, role.name)
     before = parts.wholes.setdefault(same, tensor)
+    if role.part == "base" and _is_traced(before, tensor):
+        return []
+    return _repeated(name, tensor, same, before)
+
+
+def _repeated(name: str, tensor: Array, other: str, before: Array) -> list[str]:
+    """What is wrong with a tensor that is tied to another."""
     if before is tensor or _same(before, tensor):
         return []
     if not _is_traced(before, tensor):
-        return [f"{name!r} differs from that of {same!r}, to which it is tied"]
-    return (
-        [] if role.part == "base" else [f"{name!r} repeats {same!r}; to train the adapter, leave it out of its tensors"]
-    )
+        return [f"{name!r} differs from that of {other!r}, to which it is tied"]
+    return [f"{name!r} repeats {other!r}; to train the adapter, leave it out of its tensors"]
 
 
 def _set_rows(table: Any, rows: Sequence[int], new: Array) -> Array:
@@ -438,20 +448,21 @@ def _factors(
     a, b = (wide["b"].T, wide["a"].T) if role.table else (wide["a"], wide["b"])
     bias, magnitude = wide.get("bias"), pieces.get("magnitude")  # never both
     scale = jnp.asarray(spec.scale(role.module), b.dtype)
-    rows = magnitude if bias is None else bias * scale
+    columns = magnitude if role.table else None
+    rows = bias * scale if bias is not None else magnitude if columns is None else None
     try:
-        found = rules.low_rank_from_disk(place.rule, place.sizes(base.config), a, b * scale, rows)
+        found = rules.low_rank_from_disk(place.rule, place.sizes(base.config), a, b * scale, rows, columns)
     except ValueError as error:
         return [f"the factors of {name!r}: {error}"]
     where = place.leaves(stacked=base.stacked)
-    for leaf, (a, b, rows) in found.items():
+    for leaf, (a, b, rows, columns) in found.items():
         if b.shape[-1] != spec.rank(role.module):
             return [
                 f"the factors of {name!r} have rank {b.shape[-1]}, adapter_config.json says {spec.rank(role.module)}"
             ]
         layer = place.layer if base.stacked and place.layer is not None else 0
         more = {"magnitude" if bias is None else "bias": rows}
-        parts.factors.setdefault(where[leaf], {})[layer] = Factors(a, b, **more)
+        parts.factors.setdefault(where[leaf], {})[layer] = Factors(a, b, columns=columns, **more)
     return []
 
 

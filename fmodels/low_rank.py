@@ -17,7 +17,7 @@ from fmodels.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A weight with adapters of low rank beside it: `factor · (weight + b a)`, never formed to multiply with it, and a bias.
+    """A weight with adapters beside it: `factor · (weight + b a) · columns`, never formed to multiply with it, and a bias.
 
     Several adapters lie side by side along the rank `r`. With `gain` each row of a batch has its own sum of them.
 
@@ -29,10 +29,11 @@ class LowRank:
         gain: `(… n r)`, for each of `n` rows of a batch what `a x` is multiplied with; None for 1. Batches with a
             multiple of `n` rows belong to them in order, as those of beams do.
         factor: `(… o)`, or `(… n o)` with `gain`; None for 1.
+        columns: `(i)`, or `(n i)` with `gain`, a factor of the columns of a table, which shares no axes; None for 1.
         bias: `(… o)`, or `(… n o)` with `gain`, what is added to the product; None for 0.
 
-    Source: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA" (`factor`); matches PEFT's `lora.Linear` and `lora.Embedding`:
-    the products with `a` and `b` are in float32, or in the wider dtype of an adapter.
+    Source: Hu et al. 2021, "LoRA"; Liu et al. 2024, "DoRA" (`factor`, `columns`); matches PEFT's `lora.Linear` and
+    `lora.Embedding`: the products with `a` and `b` are in float32, or in the wider dtype of an adapter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,6 +47,7 @@ class LowRank:
     b: Array
     gain: Array | None = None
     factor: Array | None = None
+    columns: Array | None = None
     bias: Array | None = None
 
     cure: ClassVar[str] = "merge_adapters"
@@ -90,6 +92,8 @@ class LowRank:
         if self.factor is not None:
             inputs = self.ndim - self.factor.ndim
             whole = whole * self.factor.reshape(*self.factor.shape, *(1,) * inputs).astype(wide)
+        if self.columns is not None:
+            whole = whole * jnp.expand_dims(self.columns, range(self.ndim - self.columns.ndim)).astype(wide)
         return whole.astype(self.dtype)
 
     def negative(self) -> LowRank:
@@ -103,14 +107,16 @@ class LowRank:
         letters, weight, _ = re.split(",|->", equation)
         lead, new = letters[: len(letters) - inputs], weight[:outputs]
         wide = self._wide(x.dtype)
+        if self.columns is not None:
+            scaled = x.astype(wide) * self._each_row(self.columns, x.astype(wide))
+            x = scaled.astype(x.dtype)
         inner = einsum(f"{letters},R{weight[outputs:]}->{lead}R", x.astype(wide), self.a)
         inner = inner if self.gain is None else inner * _by_rows(self.gain, inner)
         y = einsum(equation, x, self.weight).astype(wide) + einsum(f"{lead}R,{new}R->{lead}{new}", inner, self.b)
         if self.factor is not None:
-            factor = self.factor[None] if self.gain is None else self.factor
-            y = y * _by_rows(factor, y)
+            y = y * self._each_row(self.factor, y)
         if self.bias is not None:
-            y = y + _by_rows(self.bias[None] if self.gain is None else self.bias, y)
+            y = y + self._each_row(self.bias, y)
         return y.astype(x.dtype)
 
     def take(self, index: Array) -> Array:
@@ -118,7 +124,12 @@ class LowRank:
         inner = self.b[index].astype(wide)
         inner = inner if self.gain is None else inner * _by_rows(self.gain, inner)
         delta = jnp.einsum("...r,rd->...d", inner, self.a.astype(wide), precision=precision(wide))
-        return (take(self.weight, index).astype(wide) + delta).astype(self.dtype)
+        y = take(self.weight, index).astype(wide) + delta
+        return (y if self.columns is None else y * self._each_row(self.columns, y)).astype(self.dtype)
+
+    def _each_row(self, part: Array, y: Array) -> Array:
+        """`factor`, `columns` or `bias`, to be broadcast over `(b … …)`."""
+        return _by_rows(part[None] if self.gain is None else part, y)
 
     def _wide(self, dtype: Any) -> Any:
         return jnp.float64 if max(part.itemsize for part in (dtype, self.a.dtype, self.b.dtype)) > 4 else jnp.float32

@@ -32,7 +32,9 @@ ADAPTERS = {
     "layers": ("llama/causal-lm", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 2], "use_dora": True}),
     "tables": ("llama/causal-lm", {"target_modules": ["embed_tokens", "v_proj", "lm_head"]}),
     "fused": ("gpt2/causal-lm", {"target_modules": ["c_attn", "c_proj", "c_fc", "wpe"], "fan_in_fan_out": True}),
-    "fused-dora": ("gpt2/causal-lm", {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "fused-dora": ("gpt2/causal-lm", {"target_modules": ["c_attn", "attn.c_proj", "wpe"], "fan_in_fan_out": True,
+                                      "use_dora": True}),
+    "dora-tables": ("llama/causal-lm", {"target_modules": ["embed_tokens", "v_proj"], "use_dora": True, "lora_alpha": 3}),
     "rows": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "trainable_token_indices": [5, 17, 60]}),
     "biases": ("gpt2/causal-lm", {"target_modules": ["c_attn"], "bias": "all"}),
     "norms": ("llama/causal-lm", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
@@ -52,7 +54,7 @@ ADAPTERS = {
     "latent": ("deepseek_v3/causal-lm", {"target_modules": ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]}),
 }  # fmt: skip
 
-TRAINED = ("lora", "dora", "tables", "fused", "rows", "biases", "head", "experts", "interleaved", "lora-bias")
+TRAINED = ("lora", "dora-tables", "tables", "fused", "rows", "biases", "head", "experts", "interleaved", "lora-bias")
 """Whose gradients are compared."""
 
 
@@ -148,7 +150,7 @@ def test_unmerged(made, name):
         np.testing.assert_allclose(tensor, state[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["dora", "rows", "biases", "head"])
+@pytest.mark.parametrize("name", ["dora", "dora-tables", "rows", "biases", "head"])
 def test_what_cannot_be_unmerged(made, name):
     loaded, _, _, adapter = made(name)
     with pytest.raises(ValueError, match="load the base model"):
@@ -195,7 +197,8 @@ def test_saved_as_by_peft(made, name, tmp_path):
 def test_embedding_of_a_tied_model(case, tmp_path):
     """PEFT adapts the rows that are read and not the tied head: such a tree needs two tables."""
     loaded = case("gpt2/causal-lm")
-    adapted = peft(loaded.model, {"target_modules": ["wte", "c_fc"], "fan_in_fan_out": True})
+    options = {"target_modules": ["wte", "c_fc"], "fan_in_fan_out": True, "ensure_weight_tying": True}  # of other names
+    adapted = peft(loaded.model, options)
     adapter = fm.load_adapter(save(adapted, tmp_path))
     with pytest.raises(ValueError, match=r"'transformer.wte' is tied to 'lm_head'(.|\n)*fm.untie"):
         fm.add_adapter(loaded.params, loaded.config, adapter)
@@ -203,6 +206,43 @@ def test_embedding_of_a_tied_model(case, tmp_path):
     given = loaded.inputs()
     out = fm.forward(fm.add_adapter(params, config, adapter), config, given["tokens"]).logits
     np.testing.assert_allclose(out, theirs(adapted.base_model.model, given).detach(), rtol=0, atol=1e-5)
+
+
+def test_embedding_and_head_with_one_adapter(case, tmp_path):
+    """PEFT's merge adds the factors to the one table twice, so that its merged model is not its own; ours is."""
+    from peft import PeftModel
+
+    loaded = case("llama/causal-lm/tied-biases")
+    options = {"target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True}
+    adapted = peft(loaded.model, options)
+    adapter = fm.load_adapter(save(adapted, tmp_path / "theirs"))
+    params = fm.add_adapter(loaded.params, loaded.config, adapter)
+    given = loaded.inputs()
+    expected = theirs(adapted.base_model.model, given).detach()
+    for tree in (params, fm.merge_adapters(params)):
+        out = fm.forward(tree, loaded.config, given["tokens"]).logits
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    copies = {name: tensor for name, tensor in adapter.tensors.items() if ".lm_head.lora" in name}
+    assert len(copies) == 2
+    for change, message in (
+        (lambda x: x + 1, r"differs from .*, to which it is tied"),
+        (lambda x: x[:1], "differs from"),
+    ):
+        changed = adapter.tensors | {name: change(tensor) for name, tensor in copies.items()}
+        with pytest.raises(ValueError, match=message):
+            fm.add_adapter(loaded.params, loaded.config, dataclasses.replace(adapter, tensors=changed))
+    with pytest.raises(ValueError, match=r"repeats .*leave it out"):
+        jax.jit(lambda adapter: fm.add_adapter(loaded.params, loaded.config, adapter))(adapter)
+    spec = fm.AdapterConfig(r=2, **options, use_dora=True)
+    with pytest.raises(ValueError, match="tied to 'lm_head', and PEFT gives the two other factors"):
+        fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
+    spec = fm.AdapterConfig(r=2, **options, init_lora_weights=False)
+    new = fm.init_adapter(loaded.params, loaded.config, spec, jax.random.key(0))
+    new = jax.tree.map(lambda x: x / 8, new)
+    fm.save_adapter(new, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(loaded.model), tmp_path / "ours").eval()
+    out = fm.forward(fm.add_adapter(loaded.params, loaded.config, new), loaded.config, given["tokens"]).logits
+    np.testing.assert_allclose(out, theirs(again.base_model.model, given).detach(), rtol=0, atol=1e-5)
 
 
 OPTIONS = [
@@ -276,23 +316,21 @@ def test_generate_by_row(several):
         fm.generate_many(params, loaded.config, TOKENS.tolist(), max_new_tokens=1)
 
 
-def test_dora_chosen_by_row(case, made):
-    loaded, _, _, dora = made("dora")
-    lora = made("lora")[3]
-    params = fm.add_adapter(loaded.params, loaded.config, [lora, dora], choice=[1, -1, 0, 1])
+@pytest.mark.parametrize("names", [("lora", "dora"), ("tables", "dora-tables")])
+def test_dora_chosen_by_row(made, names):
+    """Each row as PEFT's model with that adapter alone: PEFT itself has no `adapter_names` with DoRA."""
+    loaded, *_ = made(names[0])
+    params = fm.add_adapter(loaded.params, loaded.config, [made(name)[3] for name in names], choice=[1, -1, 0, 1])
     got = fm.forward(params, loaded.config, TOKENS).logits
-    alone = [
-        fm.forward(fm.add_adapter(loaded.params, loaded.config, one), loaded.config, TOKENS).logits
-        for one in (lora, dora)
-    ]
-    base = fm.forward(loaded.params, loaded.config, TOKENS).logits
-    expected = np.stack([alone[1][0], base[1], alone[0][2], alone[1][3]])
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        base, lora, dora = (model(input_ids=tokens).logits for model in (loaded.model, *(made(n)[1] for n in names)))
+    np.testing.assert_allclose(got, np.stack([dora[0], base[1], lora[2], dora[3]]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [
     {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
-    {"target_modules": "all-linear", "init_lora_weights": "gaussian", "use_dora": True},
+    {"target_modules": r".*(_proj|embed_tokens)", "init_lora_weights": "gaussian", "use_dora": True},
     {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "bias": "all", "lora_bias": True},
 ])  # fmt: skip
 def test_new_adapter_is_one_of_peft(case, options, tmp_path):
@@ -324,6 +362,20 @@ def test_new_adapter_is_one_of_peft(case, options, tmp_path):
     )
     with torch.no_grad():
         np.testing.assert_allclose(out.logits, again(torch.tensor(TOKENS)).logits, rtol=0, atol=1e-5)
+
+
+def test_columns_of_a_low_rank_leaf():
+    """By the definition: no model multiplies with a table whose columns have lengths of their own, but a leaf can."""
+    w, a, b, c, x = (
+        np.random.default_rng(i).normal(size=s).astype("float32")
+        for i, s in enumerate([(5, 3), (2, 3), (5, 2), (4, 3), (4, 6, 3)])
+    )
+    leaf = fm.low_rank.LowRank(*map(jnp.asarray, (w, a, b)), gain=jnp.ones((4, 2)), columns=jnp.asarray(c))
+    expected = np.einsum("btd,bvd->btv", x, (w + b @ a) * c[:, None])
+    np.testing.assert_allclose(leaf.einsum("btd,vd->btv", jnp.asarray(x)), expected, rtol=0, atol=1e-5)
+    one = dataclasses.replace(leaf, gain=None, columns=leaf.columns[0])
+    np.testing.assert_allclose(one.dequantize(), (w + b @ a) * c[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(one.einsum("btd,vd->btv", jnp.asarray(x))[0], expected[0], rtol=0, atol=1e-5)
 
 
 REFUSED = {
@@ -384,12 +436,17 @@ def test_adapters_that_do_not_fit(several, made, tmp_path):
         return dataclasses.replace(adapter, tensors=tensors | more)
 
     some = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    dora, length = made("dora-tables")[3], "base_model.model.model.embed_tokens.lora_magnitude_vector"
     for adapter, message in [
         (without(one, "layers.0.self_attn.q_proj.lora_A.weight"), f"missing '{some.replace('_B', '_A')}'"),
         (without(one, other=jnp.ones(2)), r"unexpected 'other' \[2\]"),
         (
             dataclasses.replace(one, tensors=one.tensors | {some: jnp.ones((7, 3))}),
             r"q_proj.weight': factors of shapes",
+        ),
+        (
+            dataclasses.replace(dora, tensors=dora.tensors | {length: jnp.ones(7)}),
+            r"embed_tokens.weight': a vector of shape \[7\] beside them, expected \[",
         ),
         (
             dataclasses.replace(one, config=dataclasses.replace(one.config, r=2)),

@@ -22,13 +22,20 @@ class Factors(NamedTuple):
         a: `(r i)`; of experts `(x r i)`.
         b: `(o r)`; of experts `(x o r)`.
         magnitude: `(o)`, the lengths of the rows of the sum, with DoRA.
+        columns: `(i)`, those of its columns instead, for a table.
         bias: `(o)`, with `lora_bias`.
     """
 
     a: Array
     b: Array
     magnitude: Array | None = None
+    columns: Array | None = None
     bias: Array | None = None
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether there are lengths of DoRA."""
+        return self.magnitude is not None or self.columns is not None
 
 
 def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | None, choice: Array | None) -> LowRank:
@@ -52,13 +59,15 @@ def low_rank(leaf: Any, adapters: Sequence[Mapping[int, Factors]], depth: int | 
         return _by_layer(depth, of)
 
     a, b = side_by_side(0, shared), side_by_side(1, first.b.ndim - 1)
-    factors = [_factor(leaf, one, depth) for one in adapters]
+    rows, columns = ([_factor(leaf, one, depth, part) for one in adapters] for part in ("magnitude", "columns"))
     bias = _bias(adapters, depth, choice)
     if choice is None:
-        return LowRank(leaf, a, b, None, next((factor for factor in factors if factor is not None), None), bias)
+        factor, other = (next((one for one in each if one is not None), None) for each in (rows, columns))
+        return LowRank(leaf, a, b, None, factor, other, bias)
     owner = jnp.asarray([i for i, width in enumerate(widths) for _ in range(width)], jnp.int32)
     gain = (choice[:, None] == owner[None]).astype(jnp.float32)
-    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), _chosen(factors, choice, depth), bias)
+    factor, other = (_chosen(each, choice, depth) for each in (rows, columns))
+    return LowRank(leaf, a, b, _by_layer(depth, lambda _: gain), factor, other, bias)
 
 
 def _padded(factors: Factors | None, first: Factors, part: int, axis: int, width: int) -> Array:
@@ -91,31 +100,34 @@ def _bias(adapters: Sequence[Mapping[int, Factors]], depth: int | None, choice: 
     return _by_layer(depth, of)
 
 
-def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None) -> Array | None:
-    """`magnitude / ‖weight + b a‖` of each row, 1 in layers without; None without magnitudes.
+def _factor(leaf: Any, adapter: Mapping[int, Factors], depth: int | None, part: str) -> Array | None:
+    """`magnitude / ‖weight + b a‖` of each row, or `columns / …` of each column, 1 in layers without; None without any.
 
-    Source: Liu et al. 2024, "DoRA", section 4.3, where the norm has no gradient; matches PEFT's `DoraLinearLayer`.
+    Source: Liu et al. 2024, "DoRA", section 4.3, where the norm has no gradient; matches PEFT's `DoraLinearLayer` and
+    `DoraEmbeddingLayer`.
     """
-    if not any(factors.magnitude is not None for factors in adapter.values()):
+    lengths = {
+        layer: getattr(factors, part) for layer, factors in adapter.items() if getattr(factors, part) is not None
+    }
+    if not lengths:
         return None
-    alone = {layer: factors._replace(magnitude=None) for layer, factors in adapter.items()}
+    alone = {layer: factors._replace(magnitude=None, columns=None) for layer, factors in adapter.items()}
     whole = low_rank(plain(leaf).astype(jnp.float32), [alone], depth, None).dequantize()
-    rows = next(factors.magnitude.ndim for factors in adapter.values() if factors.magnitude is not None)
-    first = rows + (depth is not None)
-    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.square(whole).sum(range(first, whole.ndim))))
-    ones = jnp.ones(norm.shape[first - rows :], jnp.float32)
+    kept, first = next(iter(lengths.values())).ndim, int(depth is not None)
+    axes = range(first + kept, whole.ndim) if part == "magnitude" else range(first, whole.ndim - kept)
+    norm = jax.lax.stop_gradient(jnp.sqrt(jnp.square(whole).sum(axes)))
+    ones = jnp.ones(norm.shape[first:], jnp.float32)
 
     def of(layer: int) -> Array:
-        factors = adapter.get(layer)
-        if factors is None or factors.magnitude is None:
+        if layer not in lengths:
             return ones
-        return factors.magnitude.astype(jnp.float32) / (norm if depth is None else norm[layer])
+        return lengths[layer].astype(jnp.float32) / (norm if depth is None else norm[layer])
 
     return _by_layer(depth, of)
 
 
 def _chosen(factors: Sequence[Array | None], choice: Array, depth: int | None) -> Array | None:
-    """`(n o)`, the factor of each row's adapter."""
+    """`(n …)`, the factor of each row's adapter."""
     present = {i: factor for i, factor in enumerate(factors) if factor is not None}
     if not present:
         return None

@@ -171,8 +171,8 @@ def _is_output(letters: tuple[str, ...], group: str) -> bool:
 
 
 def low_rank_from_disk(
-    rule: Rule, size: Mapping[str, int], a: Any, b: Any, rows: Any = None
-) -> dict[str, tuple[Any, Any, Any]]:
+    rule: Rule, size: Mapping[str, int], a: Any, b: Any, rows: Any = None, columns: Any = None
+) -> dict[str, tuple[Any, Any, Any, Any]]:
     """What a product `b a` that is added to a matrix on disk, `(out, in)` whichever way it lies there, is for its leaves.
 
     Args:
@@ -181,10 +181,11 @@ def low_rank_from_disk(
         a: `(r, in)`; of experts in one tensor `(x r, in)`.
         b: `(out, r)`; of experts `(out, r x)`.
         rows: `(out)`, a number for each output, or None.
+        columns: `(in)`, a number for each input, or None; not of experts.
 
     Returns:
-        Leaf -> `(r i)`, `(o r)` and `(o)` or None, where `o` are the leaf's first axes, of outputs, and `i` the others; of
-        experts `(x r i)` and `(x o r)`. Leaves side by side have the same first factor.
+        Leaf -> `(r i)`, `(o r)`, `(o)` or None and `(i)` or None, where `o` are the leaf's first axes, of outputs, and `i`
+        the others; of experts `(x r i)` and `(x o r)`. Leaves side by side have the same first factor.
 
     Raises:
         ValueError: the tensor is no matrix, or the shapes do not fit.
@@ -195,14 +196,14 @@ def low_rank_from_disk(
     if len(shape) < 2 or experts not in ((), ("x",)):
         raise ValueError(f"a tensor of shape {list(shape)} is not a matrix")
     each: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
-    columns, out = {}, 0
+    inner, out = {}, 0
     for leaf, groups in zip(rule.leaves, rule.layouts, strict=True):
         first, second = groups[len(experts) :]
         letters = rule.letters(leaf)[len(experts) :]
         out = 0 if _is_output(letters, first) else 1
         outputs, inputs = (first, second) if out == 0 else (second, first)
         each.append((leaf, (outputs,), letters[: len(outputs)]))
-        columns[leaf] = inputs, letters[len(outputs) :]
+        inner[leaf] = inputs, letters[len(outputs) :]
     *_, one, two = shape
     count = size["x"] if experts else 1
     rank = b.shape[-1] // count
@@ -211,16 +212,21 @@ def low_rank_from_disk(
         raise ValueError(
             f"factors of shapes {list(a.shape)} and {list(b.shape)}, expected {list(want[0])} and {list(want[1])}"
         )
+    for vector, length in ((rows, b.shape[0]), (columns, a.shape[1])):
+        if vector is not None and tuple(vector.shape) != (length,):
+            raise ValueError(f"a vector of shape {list(vector.shape)} beside them, expected {[length]}")
     size = {**size, "r": rank}
     a = a.reshape(count, rank, -1) if experts else a
     b = b.reshape(-1, rank, count) if experts else b
     wide = [(leaf, (*groups, "r", *experts), (*experts, *letters, "r")) for leaf, groups, letters in each]
     second = _apart(b, wide, size, 0, rule.within)
     third = {} if rows is None else _apart(rows, each, size, 0, rule.within)
-    found: dict[str, tuple[Any, Any, Any]] = {}
-    for leaf, (inputs, letters) in columns.items():
+    found: dict[str, tuple[Any, Any, Any, Any]] = {}
+    for leaf, (inputs, letters) in inner.items():
         alone = [(leaf, (*experts, "r", inputs), (*experts, "r", *letters))]
-        found[leaf] = _apart(a, alone, size, 0, None)[leaf], second[leaf], third.get(leaf)
+        first = _apart(a, alone, size, 0, None)[leaf]
+        fourth = None if columns is None else _apart(columns, [(leaf, (inputs,), letters)], size, 0, None)[leaf]
+        found[leaf] = first, second[leaf], third.get(leaf), fourth
     return found
 
 
