@@ -162,7 +162,7 @@ def load(
         dequantize: whether quantised weights become the arrays that they stand for. If False they are leaves that are
             expanded where they are used and are saved as they are: those of a quantised checkpoint, and q8_0 and q4_0 of a
             GGUF file, fused and transposed matrices too. None: GGUF files are dequantised, others are not. `fm.dequantize`
-            does it later.
+            does it later. Activations are never quantised, which some of these libraries do as well (fp8, W8A8).
         revision: branch, tag or commit on the Hub.
         subfolder: of the source.
         variant: as in `model.<variant>.safetensors`, or a part of the name of a GGUF file.
