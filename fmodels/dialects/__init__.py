@@ -43,7 +43,7 @@ def read(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, 
 
 
 def write(tensors: Mapping[str, Tensor], config: Config, name: str) -> dict[str, Tensor]:
-    """The inverse of `read`."""
+    """The inverse of `read`; PyTorch's names are those of old files where the checkpoint had them (`Config.old_names`)."""
     module = _module(name)
     if module is not None:
         return module.write(tensors, config)
