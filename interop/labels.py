@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from interop.loading import setting
+
 IGNORED = -100
 """The label of a place that does not count."""
 
@@ -54,3 +56,9 @@ def given_labels(what: str, config: Any, **labels: Any) -> dict[str, Any]:
 def is_next(config: Any) -> bool:
     """Whether the logits of a place are for the label of the next one; BART's decoder alone says its own."""
     return config.task in ("causal-lm", "double-heads") and config.model_type != "bart"
+
+
+def problem_of(config: Any, classes: int, *, floating: bool) -> str:
+    """What a classification of rows is: the `problem_type` of config.json; without one the classes and the labels say which."""
+    likely = "multi_label_classification" if floating else "single_label_classification"
+    return setting(config, "problem_type", "regression" if classes == 1 else likely)

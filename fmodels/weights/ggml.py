@@ -2,7 +2,7 @@
 
 Dequantised here, in numpy, are q1_0, q2_0, q4_0, q4_1, q5_0, q5_1, q8_0 and q2_k to q8_k, and quantised is q8_0, with the
 bits of the package `gguf`, or of llama.cpp for those that the package cannot; the other types (iq*, tq*, mxfp4, nvfp4) are left
-to that package, which is imported only for them. llama.cpp itself cannot dequantise q8_1, which no file has.
+to that package, which is imported only for them. llama.cpp itself cannot dequantise q8_1, a type of what lies between.
 Source: ggml/src/ggml-quants.c of llama.cpp and its gguf-py/gguf/quants.py.
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from interop.labels import IGNORED, is_next
+from interop.labels import IGNORED, is_next, problem_of
 
 
 def shifted_right(config: Any, labels: Any) -> tf.Tensor:
@@ -60,6 +60,8 @@ def loss_of(config: Any, logits: Any, sequence_logits: Any, labels: Mapping[str,
             return tf.math.squared_difference(logits[..., 0], target)
         case "sequence-classification" if _are_several(labels["labels"], logits):
             target = tf.cast(labels["labels"], logits.dtype)
+            if problem_of(config, logits.shape[-1], floating=True) == "regression":
+                return tf.reduce_mean(tf.math.squared_difference(logits, target), axis=-1)
             return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(target, logits), axis=-1)
         case _:
             each, counts = _cross_entropy(logits, labels["labels"], _passed_over(config))

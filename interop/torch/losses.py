@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from interop.labels import IGNORED, is_next
-from interop.loading import setting
+from interop.labels import IGNORED, is_next, problem_of
 from interop.torch.arrays import kind_of
 
 
@@ -74,9 +73,8 @@ def loss_of(
 
 
 def _classification(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of rows `(b c)`, the loss that `problem_type` of config.json names; without one the labels say which."""
-    likely = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-    match setting(config, "problem_type", "regression" if logits.shape[-1] == 1 else likely):
+    """Of rows `(b c)`, the loss of `problem_of`."""
+    match problem_of(config, logits.shape[-1], floating=labels.is_floating_point()):
         case "regression":
             return functional.mse_loss(logits, _fitting(labels, logits).float())
         case "multi_label_classification":

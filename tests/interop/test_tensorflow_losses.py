@@ -74,13 +74,15 @@ def test_tasks_without_a_loss_there_have_that_of_pytorch(case, name):
     np.testing.assert_allclose(got.numpy(), [want.loss.item()], atol=1e-5, rtol=1e-5)
 
 
-def test_several_labels_of_a_row(case, monkeypatch):
+@pytest.mark.parametrize("problem", [None, "regression", "multi_label_classification"])
+def test_several_labels_of_a_row(case, monkeypatch, problem):
     loaded = case("bert/sequence-classification")
-    monkeypatch.setattr(loaded.model.config, "problem_type", None)
+    monkeypatch.setattr(loaded.model.config, "problem_type", problem)
+    config = type(loaded.config).from_hf(loaded.model.config.to_dict(), task=loaded.config.task)
     labels = np.array([[1, 0, 1], [0, 0, 1]], np.float32)
     with torch.no_grad():
         want = loaded.model(torch.tensor([[5, 6], [7, 8]]), labels=torch.tensor(labels))
-    got = loss_of(loaded.config, tf.constant(want.logits.numpy()), None, {"labels": tf.constant(labels)}, None)
+    got = loss_of(config, tf.constant(want.logits.numpy()), None, {"labels": tf.constant(labels)}, None)
     assert got.shape == (2,)
     np.testing.assert_allclose(got.numpy().mean(), want.loss.item(), rtol=1e-5)
 
